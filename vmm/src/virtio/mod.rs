@@ -1,0 +1,81 @@
+//! The contract between virtio devices and their transport.
+//!
+//! The transport (virtio-mmio) owns status, feature negotiation and queue registers. At DRIVER_OK
+//! it checks the queues and hands each device what it needs in one [`Activation`]; the device moves
+//! that to a worker thread of its own. `deactivate` ends the worker and gives the queues back: the
+//! transport calls it for a reset, and before it saves state.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Guest memory as devices see it.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Virtio device ids (virtio 1.2 §5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[repr(u32)]
+#[allow(missing_docs)]
+pub enum DeviceKind {
+    Net = 1,
+    Block = 2,
+    Console = 3,
+    Entropy = 4,
+    Vsock = 19,
+    Filesystem = 26,
+}
+
+/// How a device tells its driver something. Queue indices are the device's own.
+pub trait Interrupt: Send + Sync {
+    /// Buffers of the queue were used (virtio 1.2 §2.3). The caller has applied the rules of
+    /// notification suppression.
+    fn used_buffers(&self, queue: u16) -> std::io::Result<()>;
+    /// The configuration space changed.
+    fn configuration_changed(&self) -> std::io::Result<()>;
+}
+
+/// A queue that the driver has set up, and the event that its notifications raise.
+pub struct ActiveQueue {
+    /// Validated by the transport; its addresses lie in guest memory.
+    pub queue: Queue,
+    /// Signalled by KVM when the driver notifies this queue.
+    pub notified: EventFd,
+}
+
+/// All that a device needs to work.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: Memory,
+    /// The features that the driver accepted, a subset of those offered.
+    pub features: u64,
+    /// One for each entry of `queue_sizes`, in that order. All are ready.
+    pub queues: Vec<ActiveQueue>,
+    /// Towards the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A device behind the transport.
+pub trait VirtioDevice: Send {
+    /// Which device this is.
+    fn kind(&self) -> DeviceKind;
+    /// Device-specific feature bits plus VIRTIO_RING_F_*; the transport adds VIRTIO_F_VERSION_1.
+    fn features(&self) -> u64;
+    /// The largest size of each queue, a power of two.
+    fn queue_sizes(&self) -> &[u16];
+    /// Reads the configuration space; bytes beyond it are left as they are (zero).
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes the configuration space; most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Starts the device. Called once per DRIVER_OK, never while active.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// Stops the device and returns its queues, none lost, when nothing of it runs any more. Harmless when
+    /// inactive (returns no queues).
+    fn deactivate(&mut self) -> Vec<Queue>;
+    /// The state beyond queues and features, taken while inactive.
+    fn save(&mut self) -> Result<DeviceState, StateError>;
+    /// Puts saved state back, before activation.
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError>;
+}
