@@ -14,9 +14,20 @@ fn main() -> Result<(), Box<dyn Error>> {
             .input("proto/agent.proto")
             .include("proto")
             .rust_protobuf()
-            .customize(Customize { async_all: asynchronous, gen_mod: true, ..Default::default() })
-            .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
+            .customize(Customize {
+                async_all: asynchronous,
+                ..Default::default()
+            })
+            .rust_protobuf_customize(ProtobufCustomize::default())
             .run()?;
     }
+    // Generated files begin with inner attributes, which only a file of a module may: hence this
+    // index of modules, included as a whole. Both halves of the service use the same messages.
+    fs::write(
+        out.join("mod.rs"),
+        "#[path = \"client/agent.rs\"]\npub mod agent;\n\
+         #[cfg(feature = \"client\")]\n#[path = \"client/agent_ttrpc.rs\"]\npub mod client;\n\
+         #[cfg(feature = \"server\")]\n#[path = \"server/agent_ttrpc.rs\"]\npub mod server;\n",
+    )?;
     Ok(())
 }

@@ -4,27 +4,22 @@
 
 use serde::{Deserialize, Serialize};
 
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
-#[rustfmt::skip]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    unused_mut,
+    clippy::all,
+    clippy::pedantic
+)]
 mod generated {
-    pub mod agent {
-        include!(concat!(env!("OUT_DIR"), "/client/agent.rs"));
-    }
-    #[cfg(feature = "client")]
-    pub mod agent_client {
-        include!(concat!(env!("OUT_DIR"), "/client/agent_ttrpc.rs"));
-    }
-    #[cfg(feature = "server")]
-    pub mod agent_server {
-        include!(concat!(env!("OUT_DIR"), "/server/agent_ttrpc.rs"));
-    }
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
 pub use generated::agent as messages;
 #[cfg(feature = "client")]
-pub use generated::agent_client as client;
+pub use generated::client;
 #[cfg(feature = "server")]
-pub use generated::agent_server as server;
+pub use generated::server;
 
 /// Guest port on which the agent serves ttrpc.
 pub const RPC_PORT: u32 = 1024;
