@@ -3,4 +3,6 @@
 
 pub mod config;
 #[cfg(feature = "monitor")]
+pub mod threads;
+#[cfg(feature = "monitor")]
 pub mod virtio;

@@ -5,12 +5,18 @@
 //! that to a worker thread of its own. `deactivate` ends the worker and gives the queues back: the
 //! transport calls it for a reset, and before it saves state.
 
+pub mod state;
+pub mod worker;
+
+use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
+
+pub use state::{DeviceState, StateError};
 
 /// Guest memory as devices see it.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -32,16 +38,38 @@ pub enum DeviceKind {
 pub trait Interrupt: Send + Sync {
     /// Buffers of the queue were used (virtio 1.2 §2.3). The caller has applied the rules of
     /// notification suppression.
-    fn used_buffers(&self, queue: u16) -> std::io::Result<()>;
+    fn used_buffers(&self, queue: u16) -> io::Result<()>;
     /// The configuration space changed.
-    fn configuration_changed(&self) -> std::io::Result<()>;
+    fn configuration_changed(&self) -> io::Result<()>;
+    /// The device met something that it cannot go on from, such as a broken queue: the transport
+    /// sets DEVICE_NEEDS_RESET and tells the driver (virtio 1.2 §2.1.2). A [`worker::Worker`] calls
+    /// this when its handler fails.
+    fn device_needs_reset(&self) -> io::Result<()>;
+}
+
+/// Why a device did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// Its thread could not be made.
+    #[error("start the device's thread")]
+    Thread(#[source] io::Error),
+    /// What it serves could not be opened or set up; names that.
+    #[error("set up {what}")]
+    Backend {
+        /// Path or name of what failed.
+        what: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// A queue that the driver has set up, and the event that its notifications raise.
 pub struct ActiveQueue {
     /// Validated by the transport; its addresses lie in guest memory.
     pub queue: Queue,
-    /// Signalled by KVM when the driver notifies this queue.
+    /// Signalled by KVM when the driver notifies this queue, and once by the transport after
+    /// `activate`, since a restored queue may hold buffers whose notification is long past.
     pub notified: EventFd,
 }
 
