@@ -20,7 +20,7 @@ pub struct VmConfig {
     pub kernel_arguments: Vec<String>,
     /// Program that the guest kernel starts, in the root image.
     pub init: String,
-    /// Number of virtual CPUs, 1 to 255.
+    /// Number of virtual CPUs, 1 to 254 (255 is the APICs' broadcast address).
     pub cpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
@@ -97,7 +97,10 @@ pub enum VmEvent {
         pid: u32,
     },
     /// The vCPUs run. The vsock socket listens.
-    Running,
+    Running {
+        /// When each phase of the start was done.
+        timeline: Timeline,
+    },
     /// The VM could not be made or broke; the process ends after this.
     Failed {
         /// For people: what failed, on what, why, what to do.
@@ -115,4 +118,24 @@ pub enum VmCommand {
     Go,
     /// End the VM now.
     Stop,
+}
+
+/// When the phases of a VM's start were done: microseconds of the host's CLOCK_MONOTONIC.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Timeline {
+    /// The program's `main` began.
+    pub started_us: u64,
+    /// The configuration was read, every file in it opened.
+    pub opened_us: u64,
+    /// The namespaces were made and [`VmCommand::Go`] had come.
+    pub released_us: u64,
+    /// The jail was closed.
+    pub jailed_us: u64,
+    /// KVM's machine, guest memory and devices were there.
+    pub machine_us: u64,
+    /// The kernel and its boot parameters were in guest memory.
+    pub loaded_us: u64,
+    /// The vCPUs ran.
+    pub running_us: u64,
 }
