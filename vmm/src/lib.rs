@@ -2,6 +2,21 @@
 //! Knows KVM and virtio, knows no OCI. Without the feature `monitor` only [`config`] is built.
 
 pub mod config;
+
+#[cfg(feature = "monitor")]
+pub mod boot;
+#[cfg(feature = "monitor")]
+pub mod failure;
+#[cfg(feature = "monitor")]
+pub mod kvm;
+#[cfg(feature = "monitor")]
+pub mod layout;
+#[cfg(feature = "monitor")]
+pub mod machine;
+#[cfg(feature = "monitor")]
+pub mod memory;
+#[cfg(feature = "monitor")]
+mod sys;
 #[cfg(feature = "monitor")]
 pub mod threads;
 #[cfg(feature = "monitor")]

@@ -5,7 +5,18 @@
 //! that to a worker thread of its own. `deactivate` ends the worker and gives the queues back: the
 //! transport calls it for a reset, and before it saves state.
 
+pub mod chain;
+pub mod config_space;
+pub mod interrupt;
+pub mod mmio;
+pub mod mmio_state;
+pub mod queue;
+pub mod rate_limit;
+pub mod rng;
 pub mod state;
+#[cfg(test)]
+pub mod testing;
+pub mod vsock;
 pub mod worker;
 
 use std::io;

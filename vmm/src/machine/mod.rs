@@ -1,0 +1,272 @@
+//! The microVM put together: memory, KVM's machine, devices on their transports, vCPUs.
+//!
+//! ```text
+//! Assembly::new ─ add_device … ─ boot or restore ─▶ Machine (paused) ─ run ⇄ pause, save ─▶ dropped
+//! ```
+
+pub mod ports;
+pub mod serial;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+use vm_memory::GuestMemoryMmap;
+
+use crate::boot::kernel::Kernel;
+use crate::boot::{self, BootError};
+use crate::kvm::KvmError;
+use crate::kvm::cpuid::CpuModel;
+use crate::kvm::exits::EndingSlot;
+use crate::kvm::state::{ChipState, MsrList, VcpuState};
+use crate::kvm::vcpu::{RunningVcpu, Vcpu};
+use crate::kvm::vm::Vm;
+use crate::layout;
+use crate::memory::{self, MemoryError};
+use crate::virtio::interrupt::MmioInterrupt;
+use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::mmio_state::TransportState;
+use crate::virtio::{Memory, StateError, VirtioDevice};
+use ports::Ports;
+use serial::{GuestLog, SerialPort};
+
+/// Why a machine could not be made, started or saved.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel and boot structures.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// An event.
+    #[error("make an event")]
+    Event(#[source] io::Error),
+    /// The IO-APIC has no pin left.
+    #[error("{0} devices, at most {most} are possible: fewer disks are needed", most = layout::MAX_DEVICES)]
+    TooManyDevices(usize),
+    /// The state of a device.
+    #[error("device {index}")]
+    DeviceState {
+        /// Its place.
+        index: usize,
+        /// Cause.
+        #[source]
+        source: StateError,
+    },
+    /// The state of a machine of another shape.
+    #[error("the saved machine has {saved} {what}, this one has {present}")]
+    Shape {
+        /// vCPUs or devices.
+        what: &'static str,
+        /// In the state.
+        saved: usize,
+        /// Here.
+        present: usize,
+    },
+}
+
+/// All state of a machine but its memory.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    vcpus: Vec<VcpuState>,
+    chips: ChipState,
+    devices: Vec<TransportState>,
+}
+
+/// A machine that is being put together; nothing runs yet.
+///
+/// The fields' order is that of their end: vCPUs, then devices, KVM's machine, its memory.
+pub struct Assembly {
+    vcpus: Vec<Vcpu>,
+    ports: Ports,
+    msrs: MsrList,
+    vm: Vm,
+    memory: GuestMemoryMmap,
+}
+
+impl Assembly {
+    /// Begins a machine of `cpus` vCPUs and `memory_mib` MiB, without devices.
+    pub fn new(kvm: Kvm, cpus: u8, memory_mib: u32) -> Result<Self, MachineError> {
+        let memory = memory::create(memory_mib)?;
+        let model = CpuModel::new(&kvm, cpus)?;
+        let msrs = MsrList::new(&kvm)?;
+        let vm = Vm::new(kvm, cpus)?;
+        vm.set_memory(&memory)?;
+        let mut vcpus = Vec::with_capacity(usize::from(cpus));
+        for index in 0..cpus {
+            vcpus.push(Vcpu::new(
+                index,
+                vm.create_vcpu(index)?,
+                &model.for_cpu(index)?,
+            )?);
+        }
+        Ok(Self {
+            vcpus,
+            ports: Ports::default(),
+            msrs,
+            vm,
+            memory,
+        })
+    }
+
+    /// Puts a device at the next free place.
+    pub fn add_device(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let index = self.ports.devices.len();
+        let (base, gsi) =
+            layout::virtio_mmio(index).ok_or(MachineError::TooManyDevices(index + 1))?;
+        let mut notifications = Vec::with_capacity(device.queue_sizes().len());
+        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
+            notifications.push(self.vm.notification(base + QUEUE_NOTIFY, queue)?);
+        }
+        let interrupt = MmioInterrupt::new(self.vm.interrupt(gsi)?);
+        let memory = Memory::new(self.memory.clone());
+        let transport = MmioTransport::new(device, memory, interrupt, notifications);
+        self.ports.devices.push(Mutex::new(transport));
+        Ok(())
+    }
+
+    /// Adds the serial port that carries the guest kernel's log.
+    pub fn add_serial(&mut self, log: GuestLog) -> Result<(), MachineError> {
+        let interrupt = self.vm.interrupt(layout::SERIAL_GSI)?;
+        self.ports.serial = Some(Mutex::new(SerialPort::new(interrupt, log)));
+        Ok(())
+    }
+
+    /// Interrupts of the devices, in order, for the kernel's command line.
+    pub fn device_interrupts(&self) -> Vec<u32> {
+        (0..self.ports.devices.len())
+            .filter_map(layout::virtio_mmio)
+            .map(|(_, gsi)| gsi)
+            .collect()
+    }
+
+    /// Loads a kernel, which the machine will start with.
+    pub fn boot(self, kernel: &Kernel, command_line: &str) -> Result<Machine, MachineError> {
+        let cpus = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        let entry = boot::load(&self.memory, kernel, command_line, cpus)?;
+        for vcpu in &self.vcpus {
+            vcpu.prepare(entry)?;
+        }
+        self.start()
+    }
+
+    /// Puts back a state. Guest memory is the caller's affair.
+    pub fn restore(self, state: MachineState) -> Result<Machine, MachineError> {
+        let same = |what, saved, present| {
+            if saved == present {
+                Ok(())
+            } else {
+                Err(MachineError::Shape {
+                    what,
+                    saved,
+                    present,
+                })
+            }
+        };
+        same("vCPUs", state.vcpus.len(), self.vcpus.len())?;
+        same("devices", state.devices.len(), self.ports.devices.len())?;
+        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
+            vcpu.restore(state)?;
+        }
+        state.chips.restore(&self.vm)?;
+        for (index, (device, state)) in self.ports.devices.iter().zip(state.devices).enumerate() {
+            locked(device)
+                .restore(state)
+                .map_err(|source| MachineError::DeviceState { index, source })?;
+        }
+        self.start()
+    }
+
+    /// Gives each vCPU its thread, paused.
+    fn start(self) -> Result<Machine, MachineError> {
+        let ports = Arc::new(self.ports);
+        let msrs = Arc::new(self.msrs);
+        let ending = Arc::new(EndingSlot::new().map_err(MachineError::Event)?);
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for vcpu in self.vcpus {
+            vcpus.push(vcpu.start(ports.clone(), ending.clone(), msrs.clone())?);
+        }
+        Ok(Machine {
+            vcpus,
+            ports,
+            ending,
+            vm: self.vm,
+            memory: self.memory,
+        })
+    }
+}
+
+/// A microVM, paused at first.
+///
+/// The fields' order is that of their end: vCPUs, then devices, KVM's machine, its memory.
+pub struct Machine {
+    vcpus: Vec<RunningVcpu>,
+    ports: Arc<Ports>,
+    ending: Arc<EndingSlot>,
+    vm: Vm,
+    memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Lets devices and vCPUs go.
+    pub fn run(&self) -> Result<(), MachineError> {
+        for device in &self.ports.devices {
+            locked(device).resume();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        Ok(())
+    }
+
+    /// Stops vCPUs and devices; returns once they have.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            vcpu.pause()?;
+        }
+        for device in &self.ports.devices {
+            locked(device).pause();
+        }
+        Ok(())
+    }
+
+    /// Takes the state of a paused machine.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for vcpu in &self.vcpus {
+            vcpus.push(*vcpu.save()?);
+        }
+        let mut devices = Vec::with_capacity(self.ports.devices.len());
+        for (index, device) in self.ports.devices.iter().enumerate() {
+            let state = locked(device)
+                .save()
+                .map_err(|source| MachineError::DeviceState { index, source })?;
+            devices.push(state);
+        }
+        Ok(MachineState {
+            vcpus,
+            chips: ChipState::take(&self.vm)?,
+            devices,
+        })
+    }
+
+    /// Where the guest's end is reported.
+    pub fn ending(&self) -> &EndingSlot {
+        &self.ending
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+}
+
+/// A panic while a device was locked can only be a test's: the program aborts.
+fn locked(device: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,108 @@
+//! Where the vCPUs' accesses to devices go: virtio-mmio by address, the few legacy ports by number.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use tracing::debug;
+
+use super::serial::SerialPort;
+use crate::kvm::exits::{Bus, Ending};
+use crate::layout;
+use crate::virtio::mmio::MmioTransport;
+
+/// First of the eight ports of COM1.
+const SERIAL: u16 = 0x3f8;
+const SERIAL_LAST: u16 = SERIAL + 7;
+/// Command and status port of the keyboard controller.
+const KEYBOARD: u16 = 0x64;
+/// Its command that pulses the CPU's reset line.
+const KEYBOARD_RESET: u8 = 0xfe;
+/// So many accesses to nothing are logged.
+const LOGGED: u32 = 64;
+
+/// The devices of a machine.
+#[derive(Default)]
+pub(super) struct Ports {
+    /// By place: address and interrupt follow from it.
+    pub(super) devices: Vec<Mutex<MmioTransport>>,
+    pub(super) serial: Option<Mutex<SerialPort>>,
+    missed: AtomicU32,
+}
+
+impl Ports {
+    fn device(&self, address: u64) -> Option<(&Mutex<MmioTransport>, u64)> {
+        let offset = address.checked_sub(layout::VIRTIO_MMIO)?;
+        let index = usize::try_from(offset / layout::VIRTIO_MMIO_SIZE).ok()?;
+        Some((self.devices.get(index)?, offset % layout::VIRTIO_MMIO_SIZE))
+    }
+
+    fn serial(&self, port: u16) -> Option<(&Mutex<SerialPort>, u8)> {
+        let offset = u8::try_from(port.checked_sub(SERIAL)?).ok()?;
+        let serial = self.serial.as_ref()?;
+        (port <= SERIAL_LAST).then_some((serial, offset))
+    }
+
+    fn missed(&self, what: &str, address: u64) {
+        if self.missed.fetch_add(1, Ordering::Relaxed) < LOGGED {
+            debug!(
+                address = format!("{address:#x}"),
+                "the guest {what} where no device is"
+            );
+        }
+    }
+}
+
+impl Bus for Ports {
+    fn read_memory(&self, address: u64, data: &mut [u8]) {
+        match self.device(address) {
+            Some((device, offset)) => {
+                device
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .read(offset, data);
+            }
+            None => {
+                // What a bus without a device reads as.
+                data.fill(0xff);
+                self.missed("reads memory", address);
+            }
+        }
+    }
+
+    fn write_memory(&self, address: u64, data: &[u8]) {
+        match self.device(address) {
+            Some((device, offset)) => {
+                device
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .write(offset, data);
+            }
+            None => self.missed("writes memory", address),
+        }
+    }
+
+    fn read_port(&self, port: u16, data: &mut [u8]) {
+        if let Some((serial, offset)) = self.serial(port) {
+            let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+            data.fill_with(|| serial.read(offset));
+            return;
+        }
+        // A keyboard controller that is never busy, so that a reset through it needs no patience.
+        data.fill(if port == KEYBOARD { 0 } else { 0xff });
+        if port != KEYBOARD {
+            self.missed("reads a port", port.into());
+        }
+    }
+
+    fn write_port(&self, port: u16, data: &[u8]) -> Option<Ending> {
+        if let Some((serial, offset)) = self.serial(port) {
+            let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+            data.iter().for_each(|byte| serial.write(offset, *byte));
+        } else if port == KEYBOARD {
+            return data.contains(&KEYBOARD_RESET).then_some(Ending::Reset);
+        } else {
+            self.missed("writes a port", port.into());
+        }
+        None
+    }
+}

@@ -1,0 +1,409 @@
+//! The virtio-mmio transport, version 2 (virtio 1.2 §4.2): registers, status, feature negotiation
+//! and queue set-up, up to the hand-over of the queues to the device.
+//!
+//! ```text
+//! reset ─ACKNOWLEDGE─ DRIVER ─(features)─ FEATURES_OK ─(queues)─ DRIVER_OK ─▶ device active
+//!   ▲                                                                             │
+//!   └───────────────────────────── 0 written to Status ──────────────────────────┘
+//! ```
+//!
+//! Each register can be written only in the phase that the specification gives it; a driver that
+//! does otherwise is ignored and noted in the log. What the device cannot work with at DRIVER_OK
+//! sets DEVICE_NEEDS_RESET.
+
+use std::sync::Arc;
+
+use tracing::{debug, warn};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::interrupt::MmioInterrupt;
+use super::queue::QueueRegisters;
+use super::{Activation, ActiveQueue, Memory, VirtioDevice};
+use crate::failure::Chain;
+
+/// Registers (§4.2.2).
+mod register {
+    pub(super) const MAGIC: u64 = 0x00;
+    pub(super) const VERSION: u64 = 0x04;
+    pub(super) const DEVICE_ID: u64 = 0x08;
+    pub(super) const VENDOR_ID: u64 = 0x0c;
+    pub(super) const DEVICE_FEATURES: u64 = 0x10;
+    pub(super) const DEVICE_FEATURES_SELECT: u64 = 0x14;
+    pub(super) const DRIVER_FEATURES: u64 = 0x20;
+    pub(super) const DRIVER_FEATURES_SELECT: u64 = 0x24;
+    pub(super) const QUEUE_SELECT: u64 = 0x30;
+    pub(super) const QUEUE_SIZE_MAX: u64 = 0x34;
+    pub(super) const QUEUE_SIZE: u64 = 0x38;
+    pub(super) const QUEUE_READY: u64 = 0x44;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(super) const INTERRUPT_ACK: u64 = 0x64;
+    pub(super) const STATUS: u64 = 0x70;
+    pub(super) const QUEUE_DESCRIPTORS: u64 = 0x80;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub(super) const SHARED_MEMORY_LENGTH: u64 = 0xb0;
+    pub(super) const SHARED_MEMORY_BASE_HIGH: u64 = 0xbc;
+    pub(super) const CONFIG_GENERATION: u64 = 0xfc;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+/// The register that notifies the device, by the queue's index; KVM serves it.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Bits of the status register (§2.1).
+pub mod status {
+    /// The guest has noticed the device.
+    pub const ACKNOWLEDGE: u32 = 1;
+    /// It has a driver for it.
+    pub const DRIVER: u32 = 2;
+    /// The driver is set up.
+    pub const DRIVER_OK: u32 = 4;
+    /// The features are agreed on.
+    pub const FEATURES_OK: u32 = 8;
+    /// The device cannot go on.
+    pub const NEEDS_RESET: u32 = 64;
+    /// The driver has given up.
+    pub const FAILED: u32 = 128;
+}
+
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// The vendor means nothing to drivers: "BLKH".
+const VENDOR: u32 = 0x484b_4c42;
+
+/// VIRTIO_F_VERSION_1 (§6).
+pub const FEATURE_VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_EVENT_IDX (§6).
+pub const FEATURE_EVENT_INDEX: u64 = 1 << 29;
+
+/// A device with its transport.
+pub struct MmioTransport {
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) interrupt: Arc<MmioInterrupt>,
+    memory: Memory,
+    /// One for each queue, signalled by KVM.
+    notifications: Vec<EventFd>,
+    /// DEVICE_NEEDS_RESET is the interrupt's.
+    pub(super) status: u32,
+    pub(super) device_features_select: u32,
+    pub(super) driver_features_select: u32,
+    pub(super) driver_features: u64,
+    pub(super) queue_select: u32,
+    pub(super) queues: Vec<QueueRegisters>,
+    /// The device works on the queues now.
+    active: bool,
+}
+
+impl MmioTransport {
+    /// Puts a device behind a transport. `notifications` has an event for each of its queues.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        interrupt: MmioInterrupt,
+        notifications: Vec<EventFd>,
+    ) -> Self {
+        let queues = device
+            .queue_sizes()
+            .iter()
+            .map(|size| QueueRegisters::new(*size))
+            .collect();
+        Self {
+            device,
+            interrupt: Arc::new(interrupt),
+            memory,
+            notifications,
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues,
+            active: false,
+        }
+    }
+
+    /// The driver reads `data.len()` bytes at `offset`.
+    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= register::CONFIG {
+            self.device.read_config(offset - register::CONFIG, data);
+            return;
+        }
+        // §4.2.2.2: registers are read and written with 32 bits, aligned.
+        if let Ok(data) = <&mut [u8; 4]>::try_from(data)
+            && offset.is_multiple_of(4)
+        {
+            *data = self.read_register(offset).to_le_bytes();
+        } else {
+            debug!(offset, "the driver reads part of a register");
+        }
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            register::MAGIC => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => self.device.kind() as u32,
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => match self.device_features_select {
+                0 => low(self.offered()),
+                1 => high(self.offered()),
+                _ => 0,
+            },
+            register::QUEUE_SIZE_MAX => {
+                self.selected().map_or(0, |queue| u32::from(queue.max_size))
+            }
+            register::QUEUE_READY => self.selected().map_or(0, |queue| u32::from(queue.ready)),
+            register::INTERRUPT_STATUS => self.interrupt.status(),
+            register::STATUS => self.current_status(),
+            // No shared memory regions: length and base read as all ones (§4.2.2.1).
+            register::SHARED_MEMORY_LENGTH..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
+            register::CONFIG_GENERATION => self.interrupt.generation(),
+            _ => {
+                debug!(offset, "the driver reads a register that cannot be read");
+                0
+            }
+        }
+    }
+
+    /// The driver writes `data` at `offset`.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset >= register::CONFIG {
+            if self.status & (status::DRIVER | status::FAILED) == status::DRIVER {
+                self.device.write_config(offset - register::CONFIG, data);
+            }
+            return;
+        }
+        match <[u8; 4]>::try_from(data) {
+            Ok(data) if offset.is_multiple_of(4) => {
+                self.write_register(offset, u32::from_le_bytes(data))
+            }
+            _ => debug!(offset, "the driver writes part of a register"),
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            register::DEVICE_FEATURES_SELECT => self.device_features_select = value,
+            register::DRIVER_FEATURES_SELECT => self.driver_features_select = value,
+            register::DRIVER_FEATURES => self.set_driver_features(value),
+            register::QUEUE_SELECT => self.queue_select = value,
+            register::QUEUE_SIZE
+            | register::QUEUE_READY
+            | register::QUEUE_DESCRIPTORS..=register::QUEUE_DEVICE_HIGH => {
+                self.set_up_queue(offset, value);
+            }
+            // KVM signals the device itself; only numbers of queues that do not exist come here.
+            QUEUE_NOTIFY => debug!(value, "the driver notifies a queue that is none"),
+            register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            register::STATUS => self.set_status(value),
+            _ => debug!(
+                offset,
+                "the driver writes a register that cannot be written"
+            ),
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | FEATURE_VERSION_1
+    }
+
+    fn current_status(&self) -> u32 {
+        let needs_reset = if self.interrupt.needs_reset() {
+            status::NEEDS_RESET
+        } else {
+            0
+        };
+        self.status | needs_reset
+    }
+
+    fn selected(&self) -> Option<&QueueRegisters> {
+        self.queues.get(usize::try_from(self.queue_select).ok()?)
+    }
+
+    /// §3.1.1: between DRIVER and FEATURES_OK.
+    fn set_driver_features(&mut self, value: u32) {
+        if self.status & !status::ACKNOWLEDGE != status::DRIVER {
+            debug!("the driver chooses features out of turn");
+            return;
+        }
+        let value = u64::from(value);
+        match self.driver_features_select {
+            0 => self.driver_features = self.driver_features & !u64::from(u32::MAX) | value,
+            1 => self.driver_features = self.driver_features & u64::from(u32::MAX) | value << 32,
+            _ if value != 0 => debug!("the driver chooses features that are not defined"),
+            _ => {}
+        }
+    }
+
+    /// §3.1.1: between FEATURES_OK and DRIVER_OK.
+    fn set_up_queue(&mut self, offset: u64, value: u32) {
+        let phase = status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
+        if self.status & phase != status::FEATURES_OK {
+            debug!("the driver sets up a queue out of turn");
+            return;
+        }
+        let Some(queue) = usize::try_from(self.queue_select)
+            .ok()
+            .and_then(|index| self.queues.get_mut(index))
+        else {
+            debug!(
+                self.queue_select,
+                "the driver sets up a queue that does not exist"
+            );
+            return;
+        };
+        let done = match offset {
+            register::QUEUE_READY => queue.set_ready(value),
+            register::QUEUE_SIZE => queue.set_size(value),
+            _ => queue.set_address(offset - register::QUEUE_DESCRIPTORS, value),
+        };
+        if !done {
+            debug!(offset, value, "the driver sets up a queue wrongly");
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        // DEVICE_NEEDS_RESET is the device's to set; the driver may write back what it has read.
+        let value = value & !status::NEEDS_RESET;
+        let added = value & !self.status;
+        if value & self.status != self.status || !self.may_add(added) {
+            debug!(value, "the driver changes the status out of turn");
+            return;
+        }
+        if added & status::FEATURES_OK != 0 && !self.features_agreed() {
+            debug!(
+                self.driver_features,
+                "the driver chooses features that were not offered"
+            );
+            // Without FEATURES_OK, which tells the driver (§3.1.1, step 6).
+            self.status |= added & !status::FEATURES_OK;
+            return;
+        }
+        self.status |= added;
+        if added & status::DRIVER_OK != 0 {
+            self.resume();
+        }
+    }
+
+    /// Each step needs the one before, and is a write of its own from FEATURES_OK on.
+    fn may_add(&self, added: u32) -> bool {
+        match added {
+            // Written again, or given up.
+            0 | status::FAILED => true,
+            _ if self.status & status::FAILED != 0 => false,
+            status::ACKNOWLEDGE => true,
+            status::DRIVER => self.status & status::ACKNOWLEDGE != 0,
+            status::FEATURES_OK => self.status & status::DRIVER != 0,
+            status::DRIVER_OK => self.status & status::FEATURES_OK != 0,
+            _ if added == status::ACKNOWLEDGE | status::DRIVER => true,
+            _ => false,
+        }
+    }
+
+    fn features_agreed(&self) -> bool {
+        self.driver_features & !self.offered() == 0 && self.driver_features & FEATURE_VERSION_1 != 0
+    }
+
+    /// §2.4.
+    fn reset(&mut self) {
+        if self.active {
+            self.active = false;
+            self.device.deactivate();
+        }
+        for event in &self.notifications {
+            // Nonblocking: empties it.
+            let _ = event.read();
+        }
+        self.interrupt.reset();
+        self.status = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.driver_features = 0;
+        self.queue_select = 0;
+        self.queues.iter_mut().for_each(QueueRegisters::reset);
+    }
+
+    /// Lets the device work, if the driver is set up: at DRIVER_OK and after [`Self::pause`].
+    pub fn resume(&mut self) {
+        if self.active || self.status & status::DRIVER_OK == 0 || self.interrupt.needs_reset() {
+            return;
+        }
+        let result = self.active_queues().and_then(|queues| {
+            self.device
+                .activate(Activation {
+                    memory: self.memory.clone(),
+                    features: self.driver_features,
+                    queues,
+                    interrupt: self.interrupt.clone(),
+                })
+                .map_err(|error| Chain(&error).to_string())
+        });
+        if let Err(error) = result {
+            warn!(kind = ?self.device.kind(), error, "a device cannot be activated");
+            self.interrupt.mark_broken();
+            return;
+        }
+        self.active = true;
+        for event in &self.notifications {
+            if let Err(error) = event.write(1) {
+                warn!(%error, "cannot signal a device");
+            }
+        }
+    }
+
+    /// The queues as the device gets them.
+    fn active_queues(&self) -> Result<Vec<ActiveQueue>, String> {
+        let memory = self.memory.memory();
+        let event_index = self.driver_features & FEATURE_EVENT_INDEX != 0;
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (index, (registers, event)) in self.queues.iter().zip(&self.notifications).enumerate() {
+            let queue: Queue = registers
+                .to_queue(event_index)
+                .map_err(|error| format!("queue {index}: {error}"))?;
+            if !queue.is_valid(&*memory) {
+                return Err(format!(
+                    "queue {index} is not ready or lies outside of memory"
+                ));
+            }
+            let notified = event.try_clone().map_err(|error| error.to_string())?;
+            queues.push(ActiveQueue { queue, notified });
+        }
+        Ok(queues)
+    }
+
+    /// Stops the device until [`Self::resume`], so that its state can be taken.
+    pub fn pause(&mut self) {
+        if self.active {
+            self.active = false;
+            for (registers, queue) in self.queues.iter_mut().zip(self.device.deactivate()) {
+                registers.note_position(&queue);
+            }
+        }
+    }
+
+    /// Whether the device works on its queues.
+    pub fn is_active(&self) -> bool {
+        self.active
+    }
+}
+
+/// The register's low half; the cast keeps just these bits.
+#[allow(clippy::cast_possible_truncation)]
+fn low(features: u64) -> u32 {
+    features as u32
+}
+
+fn high(features: u64) -> u32 {
+    low(features >> 32)
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

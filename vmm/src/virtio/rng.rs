@@ -1,0 +1,139 @@
+//! virtio-rng (virtio 1.2 §5.4): random bytes from the host.
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use tracing::debug;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::chain::{self, Chain, ChainError, QueueError};
+use super::worker::{EventSet, Handler, HandlerError, Poll, Worker};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, DeviceState, Interrupt, Memory, StateError,
+    VirtioDevice,
+};
+use crate::threads::Role;
+
+/// Size of the one queue.
+const QUEUE_SIZE: u16 = 32;
+/// Bytes given for one buffer; the driver asks again for more.
+const AT_ONCE: usize = 256;
+
+/// The device.
+#[derive(Default)]
+pub struct Rng {
+    worker: Option<Worker<Server>>,
+}
+
+impl VirtioDevice for Rng {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Entropy
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation
+            .queues
+            .pop()
+            .ok_or_else(|| ActivateError::Backend {
+                what: "the request queue".into(),
+                source: io::ErrorKind::NotFound.into(),
+            })?;
+        let interrupt = activation.interrupt;
+        let server = Server {
+            queue,
+            memory: activation.memory,
+            interrupt: interrupt.clone(),
+        };
+        self.worker = Some(Worker::spawn(Role::Entropy, server, interrupt)?);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Queue> {
+        let server = self.worker.take().and_then(Worker::stop);
+        server
+            .map(|server| server.queue.queue)
+            .into_iter()
+            .collect()
+    }
+
+    fn save(&mut self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Entropy)
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Entropy => Ok(()),
+            other => Err(StateError::WrongDevice {
+                expected: self.kind(),
+                found: other.kind(),
+            }),
+        }
+    }
+}
+
+/// What the thread owns.
+struct Server {
+    queue: ActiveQueue,
+    memory: Memory,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl Handler for Server {
+    fn register(&mut self, poll: &Poll) -> io::Result<()> {
+        poll.add_event(&self.queue.notified, 0)
+    }
+
+    fn handle(&mut self, _poll: &Poll, _token: u64, _events: EventSet) -> Result<(), HandlerError> {
+        // Only to empty it: an event without a count is none the less an event.
+        let _ = self.queue.notified.read();
+        let memory = self.memory.memory();
+        let queue = &mut self.queue.queue;
+        let broken = |source| QueueError { index: 0, source };
+        let mut used = false;
+        while let Some(chain) = chain::next(queue, &memory).map_err(broken)? {
+            let head = chain.head_index();
+            let count = fill(&memory, chain, queue.size()).unwrap_or_else(|error| {
+                debug!(%error, "the driver's buffer cannot be filled");
+                0
+            });
+            queue.add_used(&*memory, head, count).map_err(broken)?;
+            used = true;
+        }
+        if used && queue.needs_notification(&*memory).map_err(broken)? {
+            self.interrupt.used_buffers(0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Fills the first buffer of a chain; gives the number of bytes written.
+fn fill(memory: &GuestMemoryMmap, chain: Chain<'_>, size: u16) -> Result<u32, ChainError> {
+    let mut first = None;
+    chain::walk(memory, chain, size, |piece, writable| {
+        // §5.4.6.2: buffers are for the device to write.
+        if !writable {
+            return Err(ChainError::WrongDirection);
+        }
+        first.get_or_insert(piece);
+        Ok(())
+    })?;
+    let piece = first.ok_or(ChainError::TooShort)?;
+    let mut bytes = [0; AT_ONCE];
+    let wanted = &mut bytes[..piece.len().min(AT_ONCE)];
+    // Does not block: the host's generator is ready long before anything of ours runs.
+    let count = getrandom(&mut *wanted, GetRandomFlags::empty()).unwrap_or(0);
+    piece.copy_from(&wanted[..count]);
+    Ok(u32::try_from(count).unwrap_or(0))
+}
