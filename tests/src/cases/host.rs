@@ -1,0 +1,201 @@
+//! The host's side: hooks, logs, cgroups, files that the runtime writes.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::process::Process;
+use crate::scene::Scene;
+
+super::cases!(host;
+    common: features, hooks, failing_hook, log_formats, pid_file_is_replaced_whole, version;
+    vm: default_cgroup);
+
+fn features(scene: &Scene) -> Result<()> {
+    let output = scene.call(&["features"])?;
+    if output.code() != 0 && scene.runtime == crate::runtime::Runtime::Crun {
+        return crate::scene::skip("this crun has no `features`");
+    }
+    let features: Value = serde_json::from_slice(&output.ok()?.stdout)?;
+    ensure!(
+        features["ociVersionMin"].is_string() && features["ociVersionMax"].is_string(),
+        "{features}"
+    );
+    let list = |pointer: &str| {
+        features
+            .pointer(pointer)
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default()
+    };
+    for name in ["pid", "network", "ipc", "uts", "mount", "user", "cgroup"] {
+        ensure!(
+            list("/linux/namespaces").contains(&json!(name)),
+            "namespace {name}: {features}"
+        );
+    }
+    ensure!(
+        list("/linux/capabilities").contains(&json!("CAP_CHOWN")),
+        "{features}"
+    );
+    ensure!(
+        list("/mountOptions").contains(&json!("rbind")),
+        "{features}"
+    );
+    for hook in ["createRuntime", "poststart", "poststop"] {
+        ensure!(
+            list("/hooks").contains(&json!(hook)),
+            "hook {hook}: {features}"
+        );
+    }
+    Ok(())
+}
+
+/// Hooks on the host get the state on standard input, in the order of the specification.
+fn hooks(scene: &Scene) -> Result<()> {
+    let log = scene.path("hooks.log");
+    let hook = |name: &str| -> Result<Value> {
+        let text = format!(
+            "echo {name} \"$1\" \"$WHO\" $(grep -o '\"status\": *\"[a-z]*\"' | tr -d ' ') >>{}",
+            log.display()
+        );
+        let path = scene.script(name, &text)?;
+        Ok(
+            json!([{ "path": path, "args": [name, "argument"], "env": ["WHO=me", "PATH=/usr/bin:/bin"] }]),
+        )
+    };
+    let bundle = scene.bundle()?.shell("echo ran").with(|_| ());
+    let mut bundle = bundle;
+    for name in ["prestart", "createRuntime", "poststart", "poststop"] {
+        bundle.spec["hooks"][name] = hook(name)?;
+    }
+    let container = scene.create(&bundle)?;
+    let lines = || fs::read_to_string(&log).unwrap_or_default();
+    let after_create = lines();
+    ensure!(
+        after_create.contains("prestart argument me")
+            && after_create.contains("createRuntime argument me"),
+        "after create: {after_create:?}"
+    );
+    ensure!(
+        !after_create.contains("poststart"),
+        "after create: {after_create:?}"
+    );
+    let process = container.process()?;
+    scene.call(&["start", &container.id])?.ok()?;
+    ensure!(
+        lines().contains("poststart argument me"),
+        "after start: {:?}",
+        lines()
+    );
+    process.wait()?;
+    scene.call(&["delete", &container.id])?.ok()?;
+    let all = lines();
+    let names: Vec<_> = all
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    ensure!(
+        names == ["prestart", "createRuntime", "poststart", "poststop"],
+        "order: {all:?}"
+    );
+    Ok(())
+}
+
+fn failing_hook(scene: &Scene) -> Result<()> {
+    let hook = scene.script("fails", "echo the reason >&2; exit 3")?;
+    let mut bundle = scene.bundle()?.shell("echo ran");
+    bundle.spec["hooks"]["createRuntime"] = json!([{ "path": hook }]);
+    let output = scene.run(&bundle)?;
+    ensure!(
+        !output.text().contains("ran"),
+        "the container ran in spite of its hook: {output}"
+    );
+    output.fails()?;
+    scene.expect_nothing_left()?;
+    let mut bundle = scene.bundle()?.shell("echo ran");
+    bundle.spec["hooks"]["createRuntime"] = json!([{ "path": "/no/such/hook" }]);
+    scene.run(&bundle)?.fails()?;
+    scene.expect_nothing_left()
+}
+
+fn log_formats(scene: &Scene) -> Result<()> {
+    for format in ["text", "json"] {
+        let log = scene.path(&format!("log.{format}"));
+        let mut command = std::process::Command::new(scene.runtime.program());
+        command
+            .arg("--root")
+            .arg(&scene.root)
+            .arg("--log")
+            .arg(&log);
+        command.args([
+            "--log-format",
+            format,
+            "run",
+            "--bundle",
+            "/no/such/bundle",
+            &scene.id(),
+        ]);
+        Process::spawn(command)?.finish()?.fails()?;
+        let text = fs::read_to_string(&log).context("the log file")?;
+        let last = text.lines().last().context("the log is empty")?;
+        ensure!(
+            last.contains("no/such/bundle"),
+            "the log does not tell what failed: {text}"
+        );
+        if format == "json" {
+            // containerd and podman look for these fields.
+            let entry: Value = serde_json::from_str(last).with_context(|| last.to_owned())?;
+            ensure!(entry["level"] == "error", "level: {entry}");
+            ensure!(
+                entry["msg"].is_string() && entry["time"].is_string(),
+                "msg and time: {entry}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn pid_file_is_replaced_whole(scene: &Scene) -> Result<()> {
+    let container = scene.create(&scene.bundle()?)?;
+    // An engine that finds the file must never find half of it: it is renamed into place.
+    let beside = crate::leftovers::entries(&scene.directory);
+    let leftover = beside
+        .iter()
+        .any(|name| name.contains(".tmp") || name.starts_with(".1"));
+    ensure!(!leftover, "beside the pid file: {beside:?}");
+    scene.destroy(&container.id)
+}
+
+fn version(scene: &Scene) -> Result<()> {
+    let mut command = std::process::Command::new(scene.runtime.program());
+    command.arg("--version");
+    let text = Process::spawn(command)?.finish()?.ok()?.text();
+    ensure!(
+        text.starts_with(&format!("{} version ", scene.runtime.program())),
+        "{text}"
+    );
+    ensure!(
+        text.lines().any(|line| line.starts_with("spec: 1.")),
+        "no spec version: {text}"
+    );
+    Ok(())
+}
+
+/// Without `cgroupsPath` a container has a cgroup of its own all the same, and it goes with it.
+fn default_cgroup(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("echo up; sleep 1000").with(|spec| {
+        if let Some(linux) = spec["linux"].as_object_mut() {
+            linux.remove("cgroupsPath");
+        }
+    });
+    let mut container = scene.start(&bundle)?;
+    container.streams.wait_for("up\n")?;
+    ensure!(
+        !crate::leftovers::cgroups(&container.id).is_empty(),
+        "no cgroup on the host"
+    );
+    scene.destroy(&container.id)?;
+    scene.expect_nothing_left()
+}

@@ -1,0 +1,147 @@
+//! Resource limits are felt inside.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use crate::runtime::Runtime;
+use crate::scene::Scene;
+
+super::cases!(limits;
+    common: memory, pids, cpu_quota, cpuset, rlimits, tmpfs_size;
+    vm: );
+
+fn limited(spec: &mut Value, name: &str, limits: Value) {
+    spec["linux"]["resources"][name] = limits;
+}
+
+fn memory(scene: &Scene) -> Result<()> {
+    let limit = |spec: &mut Value| limited(spec, "memory", json!({ "limit": 48 << 20 }));
+    let within = [
+        "dd",
+        "if=/dev/zero",
+        "of=/dev/null",
+        "bs=16777216",
+        "count=1",
+    ];
+    scene
+        .run(&scene.bundle()?.args(&within).with(limit))?
+        .ok()?;
+    let beyond = [
+        "dd",
+        "if=/dev/zero",
+        "of=/dev/null",
+        "bs=134217728",
+        "count=1",
+    ];
+    scene
+        .run(&scene.bundle()?.args(&beyond).with(limit))?
+        .expect(137)?;
+    scene.expect_nothing_left()?;
+    // A child beyond the limit dies; the container lives on.
+    let script = "dd if=/dev/zero of=/dev/null bs=134217728 count=1; echo child: $?";
+    let output = scene.run(&scene.bundle()?.shell(script).with(limit))?;
+    output.ok()?.says(&["child: 137\n"])?;
+    Ok(())
+}
+
+fn pids(scene: &Scene) -> Result<()> {
+    let script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done; echo all; kill -9 -1";
+    let few = scene
+        .bundle()?
+        .shell(script)
+        .with(|spec| limited(spec, "pids", json!({ "limit": 8 })));
+    let output = scene.run(&few)?;
+    ensure!(
+        !output.text().contains("all"),
+        "12 processes under a limit of 8: {output}"
+    );
+    ensure!(output.errors().contains("fork"), "why it ended: {output}");
+    let enough = scene
+        .bundle()?
+        .shell(script)
+        .with(|spec| limited(spec, "pids", json!({ "limit": 32 })));
+    scene.run(&enough)?.says(&["all\n"])?;
+    Ok(())
+}
+
+fn cpu_quota(scene: &Scene) -> Result<()> {
+    // The container works until the scheduler has held it back three times, and shows by how much.
+    let script = "stat=/sys/fs/cgroup/cpu.stat; test -e $stat || stat=/sys/fs/cgroup/cpu/cpu.stat; \
+        start=$(cut -d. -f1 /proc/uptime); \
+        while [ $(awk '/^nr_throttled/ { print $2 }' $stat) -lt 3 ]; do \
+        [ $(($(cut -d. -f1 /proc/uptime) - start)) -lt 60 ] || exit 9; done; echo throttled";
+    let bundle = scene.bundle()?.shell(script).with(|spec| {
+        limited(
+            spec,
+            "cpu",
+            json!({ "quota": 10_000, "period": 100_000, "shares": 512 }),
+        );
+    });
+    scene.run(&bundle)?.ok()?.says(&["throttled\n"])?;
+    Ok(())
+}
+
+fn cpuset(scene: &Scene) -> Result<()> {
+    let script = "grep Cpus_allowed_list /proc/self/status";
+    let bundle = scene.bundle()?.shell(script).with(|spec| {
+        limited(spec, "cpu", json!({ "cpus": "0" }));
+    });
+    scene
+        .run(&bundle)?
+        .ok()?
+        .says(&["Cpus_allowed_list:\t0\n"])?;
+    Ok(())
+}
+
+fn rlimits(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("cat /proc/self/limits").with(|spec| {
+        spec["process"]["rlimits"] = json!([
+            { "type": "RLIMIT_NOFILE", "soft": 100, "hard": 200 },
+            { "type": "RLIMIT_CORE", "soft": 0, "hard": 0 },
+            { "type": "RLIMIT_FSIZE", "soft": 4096, "hard": 8192 },
+        ]);
+    });
+    let text = scene.run(&bundle)?.ok()?.text();
+    for (name, soft, hard) in [
+        ("Max open files", "100", "200"),
+        ("Max core file size", "0", "0"),
+        ("Max file size", "4096", "8192"),
+    ] {
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or_default();
+        let values: Vec<_> = line[name.len().min(line.len())..]
+            .split_whitespace()
+            .collect();
+        ensure!(values.get(..2) == Some(&[soft, hard]), "{name} is {line:?}");
+    }
+    let twice = scene.bundle()?.with(|spec| {
+        let limit = json!({ "type": "RLIMIT_NOFILE", "soft": 100, "hard": 200 });
+        spec["process"]["rlimits"] = json!([limit, limit]);
+    });
+    if scene.runtime == Runtime::Bulkhead {
+        scene.run(&twice)?.fails()?;
+    }
+    Ok(())
+}
+
+fn tmpfs_size(scene: &Scene) -> Result<()> {
+    let bundle = scene
+        .bundle()?
+        .shell("dd if=/dev/zero of=/small/file bs=1024 count=4096; echo; stat -c %a:%s /small/file")
+        .mount(json!({
+            "destination": "/small", "type": "tmpfs", "source": "tmpfs",
+            "options": ["size=1m", "mode=700"],
+        }));
+    let output = scene.run(&bundle)?.ok()?;
+    ensure!(
+        output.errors().contains("No space left"),
+        "4 MiB in a tmpfs of 1 MiB: {output}"
+    );
+    ensure!(
+        output.text().contains(":1048576\n"),
+        "what fitted: {output}"
+    );
+    Ok(())
+}

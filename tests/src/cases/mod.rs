@@ -1,0 +1,80 @@
+//! The tests, one file a subject. Those marked `common` hold for every OCI runtime and run against
+//! crun and runc too, which proves the tests; those marked `vm` are about Bulkhead alone.
+
+mod bad_input;
+mod crash;
+mod exec;
+mod host;
+mod isolation;
+mod lifecycle;
+mod limits;
+mod process;
+mod security;
+mod signals;
+mod states;
+mod stdio;
+mod tty;
+mod vm;
+mod volumes;
+
+use anyhow::Result;
+
+use crate::runtime::Runtime;
+use crate::scene::Scene;
+
+/// One test.
+pub(crate) struct Case {
+    /// `subject::what`.
+    pub(crate) name: String,
+    /// Whether it is about Bulkhead alone.
+    vm: bool,
+    pub(crate) run: fn(&Scene) -> Result<()>,
+}
+
+impl Case {
+    pub(crate) fn applies_to(&self, runtime: Runtime) -> bool {
+        runtime == Runtime::Bulkhead || !self.vm
+    }
+}
+
+/// All tests.
+pub(crate) fn all() -> Vec<Case> {
+    [
+        lifecycle::cases(),
+        states::cases(),
+        stdio::cases(),
+        tty::cases(),
+        exec::cases(),
+        signals::cases(),
+        limits::cases(),
+        isolation::cases(),
+        process::cases(),
+        security::cases(),
+        volumes::cases(),
+        host::cases(),
+        bad_input::cases(),
+        vm::cases(),
+        crash::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Defines `cases()` of a subject: `cases!(subject; common: a, b; vm: c)`.
+macro_rules! cases {
+    ($subject:ident; common: $($common:ident),*; vm: $($vm:ident),*) => {
+        pub(crate) fn cases() -> Vec<crate::cases::Case> {
+            let subject = stringify!($subject);
+            vec![
+                $(crate::cases::Case {
+                    name: format!("{subject}::{}", stringify!($common)), vm: false, run: $common,
+                },)*
+                $(crate::cases::Case {
+                    name: format!("{subject}::{}", stringify!($vm)), vm: true, run: $vm,
+                },)*
+            ]
+        }
+    };
+}
+pub(crate) use cases;

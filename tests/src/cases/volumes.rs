@@ -1,0 +1,218 @@
+//! Bind mounts of host files and directories, tmpfs, options and propagation.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Result, ensure};
+use rustix::mount::MountFlags;
+use serde_json::json;
+
+use crate::scene::Scene;
+
+super::cases!(volumes;
+    common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
+        rootfs_is_written;
+    vm: );
+
+fn read_write(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    fs::write(data.join("from-host"), "hello\n")?;
+    let script = "cat /data/from-host; echo written >/data/from-container; mkdir -p /data/a/b; \
+        ln -s ../x /data/a/link; mv /data/from-host /data/moved; chown 12:34 /data/moved; \
+        chmod 4711 /data/moved; truncate -s 5000000000 /data/sparse 2>/dev/null || \
+        dd if=/dev/null of=/data/sparse bs=1 seek=5000000000; mkfifo /data/fifo; sync";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&data, "/data", &["rbind", "rw"])
+        .with(|spec| {
+            let some = json!(["CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE"]);
+            spec["process"]["capabilities"] =
+                json!({ "bounding": some, "effective": some, "permitted": some });
+        });
+    scene.run(&bundle)?.ok()?.says(&["hello\n"])?;
+    ensure!(
+        fs::read_to_string(data.join("from-container"))? == "written\n",
+        "content"
+    );
+    let moved = fs::metadata(data.join("moved"))?;
+    ensure!(
+        (moved.uid(), moved.gid()) == (12, 34),
+        "owner {}:{}",
+        moved.uid(),
+        moved.gid()
+    );
+    ensure!(moved.mode() & 0o7777 == 0o4711, "mode {:o}", moved.mode());
+    ensure!(
+        fs::read_link(data.join("a/link"))?.to_str() == Some("../x"),
+        "symbolic link"
+    );
+    ensure!(
+        fs::metadata(data.join("sparse"))?.len() == 5_000_000_000,
+        "sparse file"
+    );
+    ensure!(
+        data.join("a/b").is_dir() && data.join("fifo").exists(),
+        "directory and pipe"
+    );
+    Ok(())
+}
+
+fn read_only(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    fs::write(data.join("file"), "content\n")?;
+    let script = "cat /data/file; echo x >/data/file; touch /data/new; rm /data/file; \
+        mount -o remount,rw /data";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&data, "/data", &["bind", "ro"]);
+    let output = scene.run(&bundle)?;
+    ensure!(output.text() == "content\n", "{output}");
+    ensure!(
+        output.errors().matches("Read-only file system").count() >= 3,
+        "{output}"
+    );
+    ensure!(
+        fs::read_to_string(data.join("file"))? == "content\n",
+        "the file was changed"
+    );
+    ensure!(
+        crate::leftovers::entries(&data).len() == 1,
+        "the directory was changed"
+    );
+    Ok(())
+}
+
+fn single_file(scene: &Scene) -> Result<()> {
+    let (writable, fixed) = (scene.path("writable"), scene.path("fixed"));
+    fs::write(&writable, "old\n")?;
+    fs::write(&fixed, "fixed\n")?;
+    let script = "cat /etc/writable /etc/passwd; echo new >/etc/writable; echo x >/etc/passwd";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&writable, "/etc/writable", &["bind"])
+        .bind(&fixed, "/etc/passwd", &["bind", "ro"]);
+    let output = scene.run(&bundle)?.says(&["old\nfixed\n"])?;
+    ensure!(output.errors().contains("Read-only"), "{output}");
+    ensure!(
+        fs::read_to_string(&writable)? == "new\n",
+        "the host's file has the old content"
+    );
+    ensure!(
+        fs::read_to_string(&fixed)? == "fixed\n",
+        "the read-only file was changed"
+    );
+    Ok(())
+}
+
+fn made_mount_points(scene: &Scene) -> Result<()> {
+    let (data, file) = (scene.path("data"), scene.path("file"));
+    fs::create_dir(&data)?;
+    fs::write(&file, "in a file\n")?;
+    fs::write(data.join("x"), "in a directory\n")?;
+    let bundle = scene
+        .bundle()?
+        .shell("cat /a/deep/place/x /another/deep/file; echo t >/some/tmpfs/t && cat /some/tmpfs/t")
+        .bind(&data, "/a/deep/place", &["rbind"])
+        .bind(&file, "/another/deep/file", &["bind"])
+        .mount(json!({ "destination": "/some/tmpfs", "type": "tmpfs", "source": "tmpfs" }));
+    scene
+        .run(&bundle)?
+        .ok()?
+        .says(&["in a directory\nin a file\nt\n"])?;
+    Ok(())
+}
+
+fn options(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    let script = "cp /bin/busybox /data/true; /data/true; cp /bin/busybox /tmpfs/true; /tmpfs/true; \
+        grep -E ' /(data|tmpfs) ' /proc/self/mounts; stat -c %a /tmpfs";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&data, "/data", &["rbind", "noexec", "nosuid", "nodev"])
+        .mount(json!({
+            "destination": "/tmpfs", "type": "tmpfs", "source": "tmpfs",
+            "options": ["noexec", "nosuid", "nodev", "mode=1750", "size=8m"],
+        }));
+    let output = scene.run(&bundle)?.ok()?;
+    ensure!(
+        output.errors().matches("Permission denied").count() == 2,
+        "noexec: {output}"
+    );
+    let text = output.text();
+    for line in text.lines().filter(|line| line.contains(" /")) {
+        for option in ["noexec", "nosuid", "nodev"] {
+            ensure!(line.contains(option), "{option} is missing: {line}");
+        }
+    }
+    ensure!(text.ends_with("1750\n"), "mode of the tmpfs: {output}");
+    Ok(())
+}
+
+/// `rbind` brings mounts below the source along, `bind` does not.
+fn recursive(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir_all(data.join("below"))?;
+    let below = data.join("below");
+    rustix::mount::mount("tests", &below, "tmpfs", MountFlags::empty(), None)?;
+    let bound = (|| {
+        fs::write(below.join("file"), "below\n")?;
+        let bundle = scene
+            .bundle()?
+            .shell("cat /with/below/file; ls /without/below")
+            .bind(&data, "/with", &["rbind", "rprivate"])
+            .bind(&data, "/without", &["bind", "private"]);
+        scene.run(&bundle)
+    })();
+    rustix::mount::unmount(&below, rustix::mount::UnmountFlags::empty())?;
+    let output = bound?.ok()?;
+    ensure!(output.text() == "below\n", "{output}");
+    Ok(())
+}
+
+/// What the host changes while the container runs, the container sees, and the other way round.
+fn later_changes(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    fs::write(data.join("file"), "first\n")?;
+    let script = "cat /data/file; while read x; do cat /data/file; echo $x >/data/answer; \
+        echo done; done";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&data, "/data", &["rbind"]);
+    let mut container = scene.start(&bundle)?;
+    container.streams.wait_for("first\n")?;
+    fs::write(data.join("file"), "second, longer\n")?;
+    container.streams.send(b"question\n");
+    container.streams.wait_for("second, longer\ndone\n")?;
+    ensure!(
+        fs::read_to_string(data.join("answer"))? == "question\n",
+        "the container's answer"
+    );
+    fs::write(data.join("new"), "third\n")?;
+    fs::rename(data.join("new"), data.join("file"))?;
+    container.streams.send(b"again\n");
+    container.streams.wait_for("third\ndone\n")?;
+    scene.destroy(&container.id)
+}
+
+fn rootfs_is_written(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("echo kept >/etc/kept; rm /etc/group");
+    scene.run(&bundle)?.ok()?;
+    ensure!(
+        fs::read_to_string(bundle.rootfs().join("etc/kept"))? == "kept\n",
+        "what was written"
+    );
+    ensure!(
+        !bundle.rootfs().join("etc/group").exists(),
+        "what was removed"
+    );
+    Ok(())
+}

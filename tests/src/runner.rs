@@ -1,0 +1,146 @@
+//! Finds the tests to run and runs each in a process of its own, so that a panic, a hang or a
+//! stray process of one is confined to it.
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use crate::cases::{self, Case};
+use crate::process::{Process, excerpt};
+use crate::runtime::Runtime;
+use crate::scene::{self, Scene, Skip};
+
+/// Longest time for one test.
+const LONGEST: Duration = Duration::from_secs(300);
+/// What the process of a skipped test exits with.
+const SKIPPED: u8 = 77;
+/// First argument of the process of one test.
+const ONE: &str = "--in-this-process";
+
+/// The program.
+pub fn main() -> ExitCode {
+    let mut args: Vec<String> = std::env::args().collect();
+    if let [_, first, runtime, name, directory] = args.as_slice()
+        && first == ONE
+    {
+        return one(runtime, name, Path::new(directory));
+    }
+    let runtimes = match take_runtimes(&mut args) {
+        Ok(runtimes) => runtimes,
+        Err(error) => {
+            eprintln!("bulkhead-tests: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    // What a test's process leaves to its parent when it is killed must not outlive this one.
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    let trials = runtimes.into_iter().flat_map(|runtime| {
+        let cases = cases::all()
+            .into_iter()
+            .filter(move |case| case.applies_to(runtime));
+        cases.map(move |case| trial(runtime, &case))
+    });
+    libtest_mimic::run(&Arguments::from_iter(args), trials.collect()).exit_code()
+}
+
+/// Takes `--runtime LIST` out of the arguments; without it, all runtimes that are installed.
+fn take_runtimes(args: &mut Vec<String>) -> Result<Vec<Runtime>> {
+    let Some(at) = args.iter().position(|arg| arg == "--runtime") else {
+        return Ok(Runtime::ALL
+            .into_iter()
+            .filter(|runtime| runtime.installed())
+            .collect());
+    };
+    args.remove(at);
+    anyhow::ensure!(
+        at < args.len(),
+        "--runtime wants a list such as bulkhead,crun,runc"
+    );
+    let runtimes = Runtime::list(&args.remove(at))?;
+    for runtime in &runtimes {
+        anyhow::ensure!(
+            runtime.installed(),
+            "{} is not on the PATH",
+            runtime.program()
+        );
+    }
+    Ok(runtimes)
+}
+
+/// The test as the harness sees it.
+fn trial(runtime: Runtime, case: &Case) -> Trial {
+    let name = case.name.clone();
+    let title = format!("{name} [{}]", runtime.program());
+    Trial::ignorable_test(title, move || {
+        confined(runtime, &name).map_err(|error| Failed::from(format!("{error:#}")))?
+    })
+}
+
+/// Runs one test in a process of its own.
+fn confined(runtime: Runtime, name: &str) -> Result<Result<Completion, Failed>> {
+    let directory = tempfile::Builder::new()
+        .prefix("bulkhead-tests-")
+        .tempdir()?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args([ONE, runtime.program(), name])
+        .arg(directory.path());
+    let mut process = Process::spawn(command)?;
+    process.close_stdin();
+    let ended = process.wait_within(LONGEST + Duration::from_secs(120));
+    let Ok(status) = ended else {
+        return Ok(Err(format!("hangs: {}", process.stderr()).into()));
+    };
+    let text = process.output_at_end()?.errors();
+    Ok(match status.code() {
+        Some(0) => Ok(Completion::Completed),
+        Some(code) if code == i32::from(SKIPPED) => Ok(Completion::ignored_with(text.trim())),
+        _ => Err(excerpt(text.as_bytes()).into()),
+    })
+}
+
+/// The process of one test.
+fn one(runtime: &str, name: &str, directory: &Path) -> ExitCode {
+    match attempt(runtime, name, directory) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => match error.downcast_ref::<Skip>() {
+            Some(skip) => {
+                eprintln!("{skip}");
+                ExitCode::from(SKIPPED)
+            }
+            None => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn attempt(runtime: &str, name: &str, directory: &Path) -> Result<()> {
+    let runtime = Runtime::from_name(runtime)?;
+    let case = cases::all()
+        .into_iter()
+        .find(|case| case.name == name)
+        .context("no such test")?;
+    let scene = Scene::enter(runtime, directory)?;
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("{info}");
+        scene::clean_up();
+        std::process::exit(1);
+    }));
+    let (_running, watched) = mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        if watched.recv_timeout(LONGEST) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("took longer than {} s", LONGEST.as_secs());
+            scene::clean_up();
+            std::process::exit(1);
+        }
+    });
+    let result = (case.run)(&scene).and_then(|()| scene.expect_nothing_left());
+    scene::clean_up();
+    result
+}
