@@ -5,6 +5,7 @@
 //! that to a worker thread of its own. `deactivate` ends the worker and gives the queues back: the
 //! transport calls it for a reset, and before it saves state.
 
+pub mod blk;
 pub mod chain;
 pub mod config_space;
 pub mod interrupt;
