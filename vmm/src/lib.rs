@@ -6,7 +6,11 @@ pub mod config;
 #[cfg(feature = "monitor")]
 pub mod boot;
 #[cfg(feature = "monitor")]
+pub mod control;
+#[cfg(feature = "monitor")]
 pub mod failure;
+#[cfg(feature = "monitor")]
+pub mod jail;
 #[cfg(feature = "monitor")]
 pub mod kvm;
 #[cfg(feature = "monitor")]
@@ -16,8 +20,15 @@ pub mod machine;
 #[cfg(feature = "monitor")]
 pub mod memory;
 #[cfg(feature = "monitor")]
+pub mod monitor;
+#[cfg(feature = "monitor")]
+pub mod opened;
+#[cfg(feature = "monitor")]
 mod sys;
 #[cfg(feature = "monitor")]
 pub mod threads;
 #[cfg(feature = "monitor")]
 pub mod virtio;
+
+#[cfg(feature = "monitor")]
+pub use sys::close_inherited;

@@ -1,2 +1,58 @@
-//! Placeholder entry point.
-fn main() {}
+//! The program `bulkhead-vmm`: one microVM, told what to do over its standard input
+//! ([`bulkhead_vmm::config`]).
+//!
+//! `BULKHEAD_LOG` sets how much goes to standard error: `error` (the VM cannot go on), `warn` (the
+//! default: something is wrong, the VM goes on), `info` (an operator's view of its life), `debug`
+//! (for those who work on guests and drivers), `trace`, `off`.
+
+use std::process::ExitCode;
+
+use bulkhead_vmm::config::VmEvent;
+use bulkhead_vmm::control::Control;
+use bulkhead_vmm::failure::Chain;
+use bulkhead_vmm::monitor::{self, End};
+use tracing::level_filters::LevelFilter;
+
+fn main() -> ExitCode {
+    let started = monitor::now_us();
+    if let Err(error) = bulkhead_vmm::close_inherited() {
+        eprintln!("bulkhead-vmm: close inherited files: {error}");
+        return ExitCode::from(2);
+    }
+    start_log();
+    let mut control = match Control::from_stdin() {
+        Ok(control) => control,
+        Err(error) => {
+            eprintln!("bulkhead-vmm: {}", Chain(&error));
+            return ExitCode::from(2);
+        }
+    };
+    let (event, code) = match monitor::run(&mut control, started) {
+        Ok(End::HandedOver | End::Stopped) => (None, 0),
+        Ok(End::Exited) => (Some(VmEvent::Exited), 0),
+        Err(error) => {
+            let message = Chain(&error).to_string();
+            tracing::error!("{message}");
+            (Some(VmEvent::Failed { message }), 1)
+        }
+    };
+    if let Some(event) = event
+        && let Err(error) = control.send(&event)
+    {
+        tracing::warn!(error = %Chain(&error), "cannot report the end of the VM");
+    }
+    // At once, with all threads as they are: the guest is of no interest any more.
+    std::process::exit(code)
+}
+
+fn start_log() {
+    let level = std::env::var("BULKHEAD_LOG").ok();
+    let level = level
+        .and_then(|level| level.parse().ok())
+        .unwrap_or(LevelFilter::WARN);
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}

@@ -7,20 +7,29 @@ pub(crate) mod guest_io;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::thread::JoinHandleExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_bindings::{kvm_run, kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use std::os::unix::thread::JoinHandleExt;
+use rustix::mount::MountAttrFlags;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use vm_memory::{Address, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 /// A descriptor of /dev/kvm as the type of the ioctls.
 pub(crate) fn kvm_from(fd: OwnedFd) -> Kvm {
     // SAFETY: the descriptor was owned and is given away; it may be any file as far as memory
     // safety goes, KVM's ioctls fail on others.
     unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// An event's descriptor with a lifetime.
+pub(crate) fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the event owns the descriptor and outlives the borrow.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// Tells KVM that guest physical memory from the region's start is the region's mapping.
@@ -189,24 +198,48 @@ pub(crate) fn kick<T>(thread: &JoinHandle<T>) -> io::Result<()> {
     }
 }
 
-/// Attributes of a mount for [`set_mount_attributes`]: `struct mount_attr` of mount_setattr(2).
-#[derive(Clone, Copy)]
-pub(crate) struct MountAttributes {
-    /// MOUNT_ATTR_* to set.
-    pub(crate) set: u64,
-    /// Propagation (MS_PRIVATE).
-    pub(crate) propagation: u64,
+/// Gives this process new namespaces. The caller must have no other thread, and not ask for
+/// [`UnshareFlags::FILES`].
+pub(crate) fn unshare(flags: UnshareFlags) -> Result<(), rustix::io::Errno> {
+    debug_assert!(!flags.contains(UnshareFlags::FILES));
+    // SAFETY: the table of descriptors stays shared.
+    unsafe { unshare_unsafe(flags) }
 }
 
-/// Changes the attributes of the mount that `mount` is the root of, and of all mounts below it.
-pub(crate) fn set_mount_attributes(
+/// Closes every descriptor above standard error, whatever the starter has left open.
+pub fn close_inherited() -> io::Result<()> {
+    // SAFETY: called first of all, when no value of this process owns a descriptor above 2.
+    if unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Takes a detached tree of mounts out of the host's propagation and forbids what the jail does
+/// not need on all of it: set-user-id programs, devices, execution, and what `more` says.
+pub(crate) fn restrict_mount(mount: BorrowedFd<'_>, more: MountAttrFlags) -> io::Result<()> {
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC
+        | more;
+    set_mount_attributes(mount, attributes, libc::MS_PRIVATE, libc::AT_RECURSIVE)
+}
+
+/// Makes one mount read-only, not those below it.
+pub(crate) fn make_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
+    set_mount_attributes(mount, MountAttrFlags::MOUNT_ATTR_RDONLY, 0, 0)
+}
+
+fn set_mount_attributes(
     mount: BorrowedFd<'_>,
-    attributes: MountAttributes,
+    set: MountAttrFlags,
+    propagation: u64,
+    flags: libc::c_int,
 ) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: attributes.set,
+        attr_set: set.bits().into(),
         attr_clr: 0,
-        propagation: attributes.propagation,
+        propagation,
         userns_fd: 0,
     };
     // SAFETY: the path is an empty C string, the structure is passed with its own size; both
@@ -216,7 +249,7 @@ pub(crate) fn set_mount_attributes(
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            libc::AT_EMPTY_PATH | flags,
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )

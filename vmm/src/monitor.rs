@@ -1,0 +1,172 @@
+//! The program's course: read the configuration, open what it names, fork into a PID namespace,
+//! enter the jail, put the machine together, run it until it ends or is ended.
+
+use std::io;
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
+use tracing::{debug, info};
+
+use crate::boot::command_line;
+use crate::config::{Timeline, VmCommand, VmConfig, VmEvent};
+use crate::control::{Control, ControlError};
+use crate::jail::{self, Contents, JailError};
+use crate::kvm::exits::Ending;
+use crate::machine::{Assembly, Machine, MachineError};
+use crate::opened::{OpenError, Opened, Sockets};
+use crate::sys;
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockError};
+
+/// Why there is no VM, or no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The conversation with the runtime.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// What the configuration names.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A part of the process.
+    #[error("{0}")]
+    Process(&'static str, #[source] io::Error),
+    /// The vsock device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// KVM could not go on with the guest.
+    #[error("the guest was ended: {0}")]
+    Broken(String),
+}
+
+/// How this process ends, if well.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// Another process has taken over.
+    HandedOver,
+    /// The runtime has ended the VM.
+    Stopped,
+    /// The guest has ended.
+    Exited,
+}
+
+/// Runs the VM that the control socket describes. `started_us` is when the program began.
+pub fn run(control: &mut Control, started_us: u64) -> Result<End, MonitorError> {
+    let mut timeline = Timeline {
+        started_us,
+        ..Timeline::default()
+    };
+    let config = control.read_config()?;
+    let opened = Opened::new(&config)?;
+    timeline.opened_us = now_us();
+    jail::unshare_pids()?;
+    let forked = sys::fork().map_err(|error| MonitorError::Process("fork", error))?;
+    if let Some(pid) = forked {
+        control.send(&VmEvent::Forked { pid })?;
+        return Ok(End::HandedOver);
+    }
+    if !control.wait_for_go()? {
+        return Ok(End::Stopped);
+    }
+    timeline.released_us = now_us();
+    let machine = build(&config, opened, &mut timeline)?;
+    machine.run()?;
+    timeline.running_us = now_us();
+    info!(?timeline, "the guest runs");
+    control.send(&VmEvent::Running { timeline })?;
+    wait(control, &machine)
+}
+
+/// Enters the jail and puts the machine together.
+fn build(
+    config: &VmConfig,
+    opened: Opened,
+    timeline: &mut Timeline,
+) -> Result<Machine, MonitorError> {
+    let Opened {
+        kvm,
+        kernel,
+        disks,
+        log,
+        share,
+        sockets,
+        network,
+    } = opened;
+    let (sockets, mount) = match sockets {
+        Some(Sockets {
+            guest_cid,
+            listener,
+            mount,
+        }) => (Some((guest_cid, listener)), Some(mount)),
+        None => (None, None),
+    };
+    let descriptors = jail::enter(Contents {
+        share,
+        sockets: mount,
+        network,
+    })?;
+    timeline.jailed_us = now_us();
+    let mut assembly = Assembly::new(kvm, config.cpus, config.memory_mib)?;
+    if let Some(log) = log {
+        assembly.add_serial(log)?;
+    }
+    if let Some((guest_cid, listener)) = sockets {
+        let vsock = Vsock::new(guest_cid, listener, Path::new(jail::SOCKETS))?;
+        assembly.add_device(Box::new(vsock))?;
+    }
+    assembly.add_device(Box::new(Rng::default()))?;
+    timeline.machine_us = now_us();
+    let command_line = command_line::compose(config, &assembly.device_interrupts())
+        .map_err(|error| MachineError::Boot(error.into()))?;
+    debug!(command_line);
+    let machine = assembly.boot(&kernel, &command_line)?;
+    timeline.loaded_us = now_us();
+    Ok(machine)
+}
+
+/// Waits for the end, from either side.
+fn wait(control: &mut Control, machine: &Machine) -> Result<End, MonitorError> {
+    let failed = |error: Errno| MonitorError::Process("wait for events", error.into());
+    loop {
+        let ending = sys::event_fd(machine.ending().event());
+        let mut events = [
+            PollFd::new(control, PollFlags::IN),
+            PollFd::from_borrowed_fd(ending, PollFlags::IN),
+        ];
+        match poll(&mut events, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let readable = !events[0].revents().is_empty();
+        match machine.ending().get() {
+            None => {}
+            Some(Ending::Reset) => return Ok(End::Exited),
+            Some(Ending::Broken(what)) => return Err(MonitorError::Broken(what)),
+        }
+        if readable {
+            match control.next_command() {
+                Ok(None) => {}
+                Ok(Some(VmCommand::Stop)) | Err(ControlError::Closed) => return Ok(End::Stopped),
+                Ok(Some(command)) => return Err(ControlError::Unexpected(command).into()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// CLOCK_MONOTONIC in microseconds.
+pub fn now_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let micros = now
+        .tv_sec
+        .saturating_mul(1_000_000)
+        .saturating_add(now.tv_nsec / 1000);
+    u64::try_from(micros).unwrap_or(0)
+}
