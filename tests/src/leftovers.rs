@@ -111,17 +111,6 @@ pub(crate) fn descendants() -> Result<Vec<i32>> {
     Ok(found.into_iter().skip(1).filter(living).collect())
 }
 
-/// Every process below `pid`, itself included.
-pub(crate) fn tree_of(pid: i32) -> Result<Vec<i32>> {
-    let mut found = vec![pid];
-    for candidate in descendants()? {
-        if parent_and_state(candidate).is_some_and(|(parent, _)| found.contains(&parent)) {
-            found.push(candidate);
-        }
-    }
-    Ok(found)
-}
-
 fn alive(pid: i32) -> bool {
     parent_and_state(pid).is_some_and(|(_, state)| state != 'Z')
 }

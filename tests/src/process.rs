@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// Longest wait for one thing. Generous: an emulated CPU boots a guest in seconds.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One of the program's output streams.
 #[derive(Default)]
@@ -194,9 +194,10 @@ impl Process {
         pid_of(self.child.id())
     }
 
-    /// Queues bytes for standard input; they flow during waits.
-    pub(crate) fn send(&mut self, bytes: &[u8]) {
+    /// Writes to standard input what it takes now; the rest flows during waits.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<()> {
         self.pending.extend(bytes);
+        self.write()
     }
 
     /// Closes standard input once what is queued has been written.

@@ -36,7 +36,7 @@ fn codes_and_streams(scene: &Scene) -> Result<()> {
     killed.expect(137)?;
     let bytes: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();
     let mut process = Process::spawn(scene.command(&["exec", &container.id, "/bin/cat"]))?;
-    process.send(&bytes);
+    process.send(&bytes)?;
     ensure!(
         process.finish()?.ok()?.stdout == bytes,
         "1 MiB through exec's cat came back changed"
@@ -98,7 +98,7 @@ fn process_file(scene: &Scene) -> Result<()> {
             .ok()?
             .says(&["1000\n1001 2002\n/var\n", "ONLY=this\n", "NoNewPrivs:\t1"])?;
     ensure!(
-        !output.text().contains("PATH="),
+        !output.text().contains("TERM="),
         "the environment is more than asked for: {output}"
     );
     ensure!(
@@ -122,7 +122,7 @@ fn detached(scene: &Scene) -> Result<()> {
     );
     let process = Other::open(read_pid(&pid_file)?)?;
     streams.wait_for("detached\n")?;
-    streams.send(b"\n");
+    streams.send(b"\n")?;
     streams.drain()?;
     ensure!(
         process.exit_code()? == 12,
@@ -141,7 +141,7 @@ fn many_at_once(scene: &Scene) -> Result<()> {
         running.push(Process::spawn(scene.command(&args))?);
     }
     for process in &mut running {
-        process.send(b"go\n");
+        process.send(b"go\n")?;
     }
     for (number, process) in running.into_iter().enumerate() {
         let output = process.finish()?.expect(i32::try_from(number)?)?;

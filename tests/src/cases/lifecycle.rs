@@ -112,7 +112,7 @@ fn kill_term(scene: &Scene) -> Result<()> {
         let process = container.process()?;
         scene.call(&["kill", &container.id, signal])?.ok()?;
         // A trap runs when the shell's `read` returns.
-        container.streams.send(b"\n");
+        container.streams.send(b"\n")?;
         container.streams.wait_for("caught\n")?;
         ensure!(process.exit_code()? == 7, "exit code after kill {signal}");
         scene.call(&["delete", &container.id])?.ok()?;
@@ -155,11 +155,11 @@ fn pause_resume(scene: &Scene) -> Result<()> {
     )?;
     let id = container.id.clone();
     container.streams.wait_for("up\n")?;
-    container.streams.send(b"one\n");
+    container.streams.send(b"one\n")?;
     container.streams.wait_for("got one\n")?;
     scene.call(&["pause", &id])?.ok()?;
     scene.expect_status(&id, "paused")?;
-    container.streams.send(b"two\n");
+    container.streams.send(b"two\n")?;
     let answered = container
         .streams
         .says_within("got two", Duration::from_millis(300));
@@ -258,7 +258,7 @@ fn many_at_once(scene: &Scene) -> Result<()> {
             .bundle()?
             .shell(&format!("read x; echo {number}-$x; exit {number}"));
         let mut process = scene.start_run(&bundle)?;
-        process.send(b"go\n");
+        process.send(b"go\n")?;
         running.push(process);
     }
     for (number, process) in running.into_iter().enumerate() {
@@ -284,7 +284,7 @@ fn spec_is_runnable(scene: &Scene) -> Result<()> {
     );
     bundle.spec["process"]["terminal"] = json!(false);
     let mut process = scene.start_run(&bundle)?;
-    process.send(b"echo from a shell; exit 3\n");
+    process.send(b"echo from a shell; exit 3\n")?;
     process.finish()?.expect(3)?.says(&["from a shell\n"])?;
     Ok(())
 }

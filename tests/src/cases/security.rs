@@ -53,7 +53,7 @@ fn capability_sets(scene: &Scene) -> Result<()> {
 fn capabilities_effective(scene: &Scene) -> Result<()> {
     let script = "chown 1000 /etc/passwd && echo chown; mount -t tmpfs x /tmp && echo mount; \
         mknod /tmp/null c 1 3 && echo mknod; hostname x && echo hostname; \
-        date -s 2000-01-01 && echo date; chroot / true && echo chroot; echo end";
+        date -s 2000-01-01 >/dev/null; chroot / true && echo chroot; echo end";
     let output = scene.run_script(script)?.ok()?;
     ensure!(
         output.text() == "end\n",
@@ -70,7 +70,7 @@ fn capabilities_effective(scene: &Scene) -> Result<()> {
         "with CHOWN and SYS_ADMIN: {output}"
     );
     ensure!(
-        !output.text().contains("date"),
+        output.errors().contains("can't set date"),
         "without SYS_TIME: {output}"
     );
     Ok(())
@@ -190,8 +190,7 @@ fn read_only_root(scene: &Scene) -> Result<()> {
 
 fn default_devices(scene: &Scene) -> Result<()> {
     let script = "for d in null zero full random urandom tty; do \
-        stat -c '%n %F %t:%T %a' /dev/$d; done; readlink /dev/ptmx /dev/fd /dev/stdin /dev/stdout \
-        /dev/stderr; echo x >/dev/null && head -c 2 /dev/zero | od -An -tx1; \
+        stat -c '%n %F %t:%T %a' /dev/$d; done; for l in ptmx fd stdin stdout stderr; do readlink /dev/$l; done; echo x >/dev/null && head -c 2 /dev/zero | od -An -tx1; \
         echo x >/dev/full; head -c 4 /dev/urandom | wc -c; ls /dev";
     let output = scene.run_script(script)?.ok()?.says(&[
         "/dev/null character special file 1:3 666",
@@ -222,7 +221,7 @@ fn devices(scene: &Scene) -> Result<()> {
     let script = "mknod /tmp/mem c 1 1; head -c 1 /tmp/mem; head -c 1 /dev/odd | wc -c; \
         stat -c '%t:%T %a %u:%g' /dev/odd; mknod /tmp/zero c 1 5 && head -c 1 /tmp/zero | wc -c";
     let bundle = scene.bundle()?.shell(script).with(|spec| {
-        let some = json!(["CAP_MKNOD"]);
+        let some = json!(["CAP_MKNOD", "CAP_DAC_OVERRIDE"]);
         spec["process"]["capabilities"] =
             json!({ "bounding": some, "effective": some, "permitted": some });
         spec["linux"]["devices"] = json!([{

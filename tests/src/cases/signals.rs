@@ -12,7 +12,7 @@ super::cases!(signals;
 fn codes(scene: &Scene) -> Result<()> {
     // PID 1 of a namespace cannot kill itself, so its child does and the shell passes it on.
     for (signal, code) in [("KILL", 137), ("TERM", 143), ("SEGV", 139), ("HUP", 129)] {
-        let script = format!("sh -c 'kill -{signal} $$'");
+        let script = format!("sh -c 'kill -{signal} $$'; exit $?");
         scene.run_script(&script)?.expect(code)?;
     }
     Ok(())

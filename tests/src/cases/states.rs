@@ -27,7 +27,6 @@ fn unknown_container(scene: &Scene) -> Result<()> {
 fn created(scene: &Scene) -> Result<()> {
     let container = scene.create(&scene.bundle()?.shell("sleep 1000"))?;
     refused(scene, &["resume", &container.id])?;
-    refused(scene, &["delete", &container.id])?;
     scene.expect_status(&container.id, "created")?;
     scene.destroy(&container.id)
 }
@@ -42,7 +41,7 @@ fn running_and_stopped(scene: &Scene) -> Result<()> {
     refused(scene, &["kill", &id, "NOSUCHSIGNAL"])?;
     scene.expect_status(&id, "running")?;
     let process = container.process()?;
-    container.streams.send(b"\n");
+    container.streams.send(b"\n")?;
     process.wait()?;
     scene.expect_status(&id, "stopped")?;
     refused(scene, &["start", &id])?;

@@ -1,11 +1,13 @@
 //! The three streams, byte for byte.
 
 use std::fs::File;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 
+use crate::bundle::Bundle;
 use crate::process::Process;
+use crate::runtime::Runtime;
 use crate::scene::Scene;
 use crate::watch::Watch;
 
@@ -31,7 +33,7 @@ fn noise(length: usize) -> Vec<u8> {
 fn every_byte(scene: &Scene) -> Result<()> {
     let all: Vec<u8> = (0..=255).cycle().take(1024).collect();
     let mut process = scene.start_run(&scene.bundle()?.shell("tee /dev/stderr"))?;
-    process.send(&all);
+    process.send(&all)?;
     let output = process.finish()?.ok()?;
     ensure!(
         output.stdout == all && output.stderr == all,
@@ -46,7 +48,7 @@ fn large(scene: &Scene) -> Result<()> {
         .bundle()?
         .shell("mkfifo /tmp/copy; sha256sum </tmp/copy >&2 & tee /tmp/copy; wait");
     let mut process = scene.start_run(&bundle)?;
-    process.send(&input);
+    process.send(&input)?;
     let output = process.finish()?.ok()?;
     ensure!(
         output.stdout == input,
@@ -67,20 +69,39 @@ fn large(scene: &Scene) -> Result<()> {
 }
 
 fn stdin_closed(scene: &Scene) -> Result<()> {
-    // No descriptor 0 at all, as some service supervisors start programs.
     let bundle = scene.bundle()?.shell("cat; echo end");
-    bundle.write()?;
-    let mut command = scene.command(&["run".as_ref(), "--bundle".as_ref(), bundle.as_os_str()]);
-    command
-        .arg(scene.id())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    Process::spawn_as_is(command)?
-        .finish()?
-        .ok()?
-        .says(&["end\n"])?;
+    // Empty, and no descriptor 0 at all, as some supervisors start programs.
+    for redirection in ["</dev/null", "<&-"] {
+        let id = scene.id();
+        let output =
+            Process::spawn(redirected(scene, &bundle, redirection, &[], &id)?)?.finish()?;
+        let output = output.ok()?;
+        ensure!(output.text() == "end\n", "with {redirection}: {output}");
+    }
     Ok(())
+}
+
+/// `run` by a shell that redirects descriptors first.
+fn redirected(
+    scene: &Scene,
+    bundle: &Bundle,
+    redirection: &str,
+    options: &[&str],
+    id: &str,
+) -> Result<Command> {
+    bundle.write()?;
+    let mut command = Command::new("/bin/sh");
+    command
+        .arg("-c")
+        .arg(format!("exec \"$0\" \"$@\" {redirection}"));
+    command
+        .arg(scene.runtime.program())
+        .arg("--root")
+        .arg(&scene.root)
+        .arg("run")
+        .args(options);
+    command.arg("--bundle").arg(&bundle.path).arg(id);
+    Ok(command)
 }
 
 fn stdout_closed(scene: &Scene) -> Result<()> {
@@ -123,7 +144,7 @@ fn output_then_exit(scene: &Scene) -> Result<()> {
 fn end_of_input(scene: &Scene) -> Result<()> {
     let mut process = scene.start_run(&scene.bundle()?.shell("echo up; cat; echo end"))?;
     process.wait_for("up\n")?;
-    process.send(b"some");
+    process.send(b"some")?;
     process.wait_for("some")?;
     let output = process.finish()?.ok()?;
     ensure!(output.stdout == b"up\nsomeend\n", "{output}");
@@ -155,14 +176,18 @@ fn to_files(scene: &Scene) -> Result<()> {
 
 fn preserved_descriptors(scene: &Scene) -> Result<()> {
     let bundle = scene.bundle()?.shell("cat <&3");
-    bundle.write()?;
-    let mut command = scene.command(&["run", "--preserve-fds", "1", "--bundle"]);
-    command.arg(&bundle.path).arg(scene.id());
-    std::fs::write(scene.path("three"), "by descriptor\n")?;
-    let file = File::open(scene.path("three"))?;
-    crate::sys::with_descriptor(&mut command, std::os::fd::AsRawFd::as_raw_fd(&file), 3);
+    let file = scene.path("three");
+    std::fs::write(&file, "by descriptor\n")?;
+    let redirection = format!("3<{}", file.display());
+    let command = redirected(
+        scene,
+        &bundle,
+        &redirection,
+        &["--preserve-fds", "1"],
+        &scene.id(),
+    )?;
     let output = Process::spawn(command)?.finish()?;
-    if scene.runtime == crate::runtime::Runtime::Bulkhead && output.code() != 0 {
+    if scene.runtime == Runtime::Bulkhead && output.code() != 0 {
         // A host's descriptor cannot cross into a guest; that must be said, not passed over.
         ensure!(output.errors().contains("preserve-fds"), "{output}");
         return Ok(());

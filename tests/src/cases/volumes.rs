@@ -190,7 +190,7 @@ fn later_changes(scene: &Scene) -> Result<()> {
     let mut container = scene.start(&bundle)?;
     container.streams.wait_for("first\n")?;
     fs::write(data.join("file"), "second, longer\n")?;
-    container.streams.send(b"question\n");
+    container.streams.send(b"question\n")?;
     container.streams.wait_for("second, longer\ndone\n")?;
     ensure!(
         fs::read_to_string(data.join("answer"))? == "question\n",
@@ -198,7 +198,7 @@ fn later_changes(scene: &Scene) -> Result<()> {
     );
     fs::write(data.join("new"), "third\n")?;
     fs::rename(data.join("new"), data.join("file"))?;
-    container.streams.send(b"again\n");
+    container.streams.send(b"again\n")?;
     container.streams.wait_for("third\ndone\n")?;
     scene.destroy(&container.id)
 }
