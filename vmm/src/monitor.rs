@@ -17,6 +17,7 @@ use crate::kvm::exits::Ending;
 use crate::machine::{Assembly, Machine, MachineError};
 use crate::opened::{OpenError, Opened, Sockets};
 use crate::sys;
+use crate::virtio::blk::Block;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
 
@@ -116,6 +117,9 @@ fn build(
     let mut assembly = Assembly::new(kvm, config.cpus, config.memory_mib)?;
     if let Some(log) = log {
         assembly.add_serial(log)?;
+    }
+    for (index, disk) in (0..).zip(disks) {
+        assembly.add_device(Box::new(Block::new(index, disk)))?;
     }
     if let Some((guest_cid, listener)) = sockets {
         let vsock = Vsock::new(guest_cid, listener, Path::new(jail::SOCKETS))?;

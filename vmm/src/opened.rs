@@ -1,12 +1,11 @@
 //! Everything that the configuration names by a path, opened before the jail is entered.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::boot::kernel::{Kernel, KernelError};
@@ -15,6 +14,7 @@ use crate::jail::JailError;
 use crate::jail::share::{self, ShareTree};
 use crate::kvm::{self, KvmError};
 use crate::machine::serial::GuestLog;
+use crate::virtio::blk::{Disk, DiskError};
 use crate::virtio::vsock::LISTENER_NAME;
 
 /// Why something could not be opened.
@@ -41,20 +41,11 @@ pub enum OpenError {
         source: io::Error,
     },
     /// A disk that is none.
-    #[error("disk {} is neither a regular file nor a block device", .0.display())]
-    NotADisk(PathBuf),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Numbers that make no sense.
     #[error("{0}")]
     Number(&'static str),
-}
-
-/// A disk's file.
-#[derive(Debug)]
-pub struct Disk {
-    /// Open for reading and, unless `read_only`, writing.
-    pub file: File,
-    /// Whether the guest may only read it.
-    pub read_only: bool,
 }
 
 /// The vsock device's directory, and the listener in it.
@@ -142,14 +133,7 @@ fn open_disk(disk: &DiskConfig) -> Result<Disk, OpenError> {
         Mode::empty(),
     )
     .map_err(failed("disk", &disk.path))?;
-    let stat = fstat(&fd).map_err(failed("disk", &disk.path))?;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile | FileType::BlockDevice => Ok(Disk {
-            file: fd.into(),
-            read_only: disk.read_only,
-        }),
-        _ => Err(OpenError::NotADisk(disk.path.clone())),
-    }
+    Ok(Disk::new(&disk.path, fd.into(), disk.read_only)?)
 }
 
 fn open_log(path: &Path) -> Result<GuestLog, OpenError> {
