@@ -1,0 +1,356 @@
+//! What a process is besides its program: user, groups, capabilities, limits, scheduling, seccomp.
+//! [`Plan`] is the checked form of the spec's `process`; applying it is the last thing before
+//! `execve`.
+
+use std::{ffi::CString, path::PathBuf};
+
+use oci_spec::runtime::{
+    IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
+};
+use rustix::{
+    process::{Gid, Resource, Rlimit, Uid, setrlimit},
+    thread::{
+        set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+        set_thread_res_uid,
+    },
+};
+
+use super::capabilities::Capabilities;
+use crate::{
+    error::{Attempt, Error, Result},
+    sys,
+};
+
+/// A process to be started, checked.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    /// Program and arguments, at least one.
+    pub arguments: Vec<CString>,
+    /// `name=value` each.
+    pub environment: Vec<CString>,
+    /// Working directory, absolute.
+    pub directory: PathBuf,
+    /// Owner of the process.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    groups: Vec<u32>,
+    /// File mode creation mask.
+    pub umask: u32,
+    capabilities: Capabilities,
+    /// Whether execve may give no privileges; also when seccomp filters are installed.
+    pub no_new_privileges: bool,
+    rlimits: Vec<(Resource, Rlimit)>,
+    /// For the kernel's choice when memory is short.
+    pub oom_score_adjustment: Option<i32>,
+    scheduling: Option<sys::SchedulingAttributes>,
+    io_priority: Option<(u16, u16)>,
+}
+
+/// Checks a `process` object.
+pub(super) fn plan(process: &Process) -> Result<Plan> {
+    refuse(process)?;
+    let arguments = strings(
+        "process.args",
+        process.args().as_deref().unwrap_or_default(),
+    )?;
+    if arguments.is_empty() {
+        return Err(Error::invalid("process.args", "is empty; name a program"));
+    }
+    let directory = process.cwd().clone();
+    if !directory.is_absolute() {
+        let problem = format!(
+            "{:?} is not an absolute path",
+            directory.display().to_string()
+        );
+        return Err(Error::invalid("process.cwd", problem));
+    }
+    let adjustment = process.oom_score_adj();
+    if adjustment.is_some_and(|a| !(-1000..=1000).contains(&a)) {
+        return Err(Error::invalid(
+            "process.oomScoreAdj",
+            "is not in -1000 to 1000",
+        ));
+    }
+    let user = process.user();
+    let umask = user.umask().unwrap_or(0o022);
+    if umask > 0o777 {
+        return Err(Error::invalid(
+            "process.user.umask",
+            format!("{umask:#o} is more than 0777"),
+        ));
+    }
+    Ok(Plan {
+        arguments,
+        environment: strings("process.env", process.env().as_deref().unwrap_or_default())?,
+        directory,
+        uid: id("process.user.uid", user.uid())?,
+        gid: id("process.user.gid", user.gid())?,
+        groups: user
+            .additional_gids()
+            .iter()
+            .flatten()
+            .map(|gid| id("process.user.additionalGids", *gid))
+            .collect::<Result<_>>()?,
+        umask,
+        capabilities: Capabilities::of(process.capabilities().as_ref()),
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        rlimits: rlimits(process)?,
+        oom_score_adjustment: adjustment,
+        scheduling: process.scheduler().as_ref().map(scheduling).transpose()?,
+        io_priority: io_priority(process)?,
+    })
+}
+
+/// -1 is "leave it" to the system calls that change users.
+fn id(field: &str, id: u32) -> Result<u32> {
+    if id == u32::MAX {
+        return Err(Error::invalid(field, "4294967295 is no id"));
+    }
+    Ok(id)
+}
+
+fn strings(field: &str, strings: &[String]) -> Result<Vec<CString>> {
+    let strings = strings.iter().enumerate().map(|(index, string)| {
+        CString::new(string.as_str())
+            .map_err(|_| Error::invalid(format!("{field}[{index}]"), "holds a null character"))
+    });
+    strings.collect()
+}
+
+fn refuse(process: &Process) -> Result<()> {
+    let filled = |value: &Option<String>| value.as_ref().is_some_and(|v| !v.is_empty());
+    let no_module = "the guest kernel has no such security module; remove it";
+    if filled(process.apparmor_profile()) {
+        return Err(Error::unsupported("process.apparmorProfile", no_module));
+    }
+    if filled(process.selinux_label()) {
+        return Err(Error::unsupported("process.selinuxLabel", no_module));
+    }
+    if filled(process.command_line()) {
+        return Err(Error::unsupported(
+            "process.commandLine",
+            "it is for Windows only; use args",
+        ));
+    }
+    if filled(process.user().username()) {
+        let reason = "it is for Windows only; use uid and gid";
+        return Err(Error::unsupported("process.user.username", reason));
+    }
+    let affinity = process.exec_cpu_affinity().as_ref();
+    if affinity.is_some_and(|a| a.initial().is_some() || a.cpu_affinity_final().is_some()) {
+        let reason = "CPU numbers of the host mean nothing in the guest; remove it";
+        return Err(Error::unsupported("process.execCPUAffinity", reason));
+    }
+    Ok(())
+}
+
+fn rlimits(process: &Process) -> Result<Vec<(Resource, Rlimit)>> {
+    let mut limits: Vec<(Resource, Rlimit)> = Vec::new();
+    for (index, rlimit) in process.rlimits().iter().flatten().enumerate() {
+        let field = format!("process.rlimits[{index}]");
+        let resource = resource(rlimit.typ());
+        if limits.iter().any(|(other, _)| *other == resource) {
+            let problem = format!("{} is given twice", rlimit.typ());
+            return Err(Error::invalid(format!("{field}.type"), problem));
+        }
+        if rlimit.soft() > rlimit.hard() {
+            let problem = format!(
+                "{} is more than the hard limit {}",
+                rlimit.soft(),
+                rlimit.hard()
+            );
+            return Err(Error::invalid(format!("{field}.soft"), problem));
+        }
+        let value = |limit| (limit != u64::MAX).then_some(limit);
+        let limit = Rlimit {
+            current: value(rlimit.soft()),
+            maximum: value(rlimit.hard()),
+        };
+        limits.push((resource, limit));
+    }
+    Ok(limits)
+}
+
+fn resource(kind: PosixRlimitType) -> Resource {
+    match kind {
+        PosixRlimitType::RlimitCpu => Resource::Cpu,
+        PosixRlimitType::RlimitFsize => Resource::Fsize,
+        PosixRlimitType::RlimitData => Resource::Data,
+        PosixRlimitType::RlimitStack => Resource::Stack,
+        PosixRlimitType::RlimitCore => Resource::Core,
+        PosixRlimitType::RlimitRss => Resource::Rss,
+        PosixRlimitType::RlimitNproc => Resource::Nproc,
+        PosixRlimitType::RlimitNofile => Resource::Nofile,
+        PosixRlimitType::RlimitMemlock => Resource::Memlock,
+        PosixRlimitType::RlimitAs => Resource::As,
+        PosixRlimitType::RlimitLocks => Resource::Locks,
+        PosixRlimitType::RlimitSigpending => Resource::Sigpending,
+        PosixRlimitType::RlimitMsgqueue => Resource::Msgqueue,
+        PosixRlimitType::RlimitNice => Resource::Nice,
+        PosixRlimitType::RlimitRtprio => Resource::Rtprio,
+        PosixRlimitType::RlimitRttime => Resource::Rttime,
+    }
+}
+
+fn scheduling(scheduler: &Scheduler) -> Result<sys::SchedulingAttributes> {
+    let policy = match scheduler.policy() {
+        LinuxSchedulerPolicy::SchedOther => 0,
+        LinuxSchedulerPolicy::SchedFifo => 1,
+        LinuxSchedulerPolicy::SchedRr => 2,
+        LinuxSchedulerPolicy::SchedBatch => 3,
+        LinuxSchedulerPolicy::SchedIdle => 5,
+        LinuxSchedulerPolicy::SchedDeadline => 6,
+        LinuxSchedulerPolicy::SchedIso => {
+            let reason = "Linux has no such policy";
+            return Err(Error::unsupported(
+                "process.scheduler.policy SCHED_ISO",
+                reason,
+            ));
+        }
+    };
+    let flags = scheduler.flags().iter().flatten().fold(0, |flags, flag| {
+        flags
+            | match flag {
+                LinuxSchedulerFlag::SchedResetOnFork => 0x01,
+                LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
+                LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
+                LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
+                LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
+                LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
+                LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
+            }
+    });
+    let priority = scheduler.priority().unwrap_or(0);
+    Ok(sys::SchedulingAttributes {
+        size: 0,
+        policy,
+        flags,
+        nice: scheduler.nice().unwrap_or(0),
+        priority: u32::try_from(priority)
+            .map_err(|_| Error::invalid("process.scheduler.priority", "is negative"))?,
+        runtime: scheduler.runtime().unwrap_or(0),
+        deadline: scheduler.deadline().unwrap_or(0),
+        period: scheduler.period().unwrap_or(0),
+    })
+}
+
+fn io_priority(process: &Process) -> Result<Option<(u16, u16)>> {
+    let Some(priority) = process.io_priority() else {
+        return Ok(None);
+    };
+    let class = match priority.class() {
+        IOPriorityClass::IoprioClassRt => 1,
+        IOPriorityClass::IoprioClassBe => 2,
+        IOPriorityClass::IoprioClassIdle => 3,
+    };
+    let level = u16::try_from(priority.priority()).ok().filter(|p| *p < 8);
+    let level =
+        level.ok_or_else(|| Error::invalid("process.ioPriority.priority", "is not in 0 to 7"))?;
+    Ok(Some((class, level)))
+}
+
+impl Plan {
+    /// Applies what needs privileges of the agent: limits, scheduling, priority, the bounding set.
+    pub(super) fn apply_limits(&self) -> Result<()> {
+        for (resource, limit) in &self.rlimits {
+            setrlimit(*resource, limit.clone())
+                .or_cannot(|| format!("set the limit {resource:?} (process.rlimits)"))?;
+        }
+        if let Some(attributes) = self.scheduling {
+            sys::set_scheduling(attributes)
+                .or_cannot(|| "set the scheduling policy (process.scheduler)")?;
+        }
+        if let Some((class, level)) = self.io_priority {
+            sys::set_io_priority(class, level)
+                .or_cannot(|| "set the I/O priority (process.ioPriority)")?;
+        }
+        if self.no_new_privileges {
+            set_no_new_privs(true).or_cannot(|| "set no_new_privs (process.noNewPrivileges)")?;
+        }
+        Ok(())
+    }
+
+    /// Becomes the user, with the capabilities of the spec.
+    pub(super) fn become_user(&self) -> Result<()> {
+        self.capabilities.limit_bounding_set()?;
+        set_keep_capabilities(true).or_cannot(|| "keep capabilities over the change of user")?;
+        let groups: Vec<_> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        set_thread_groups(&groups).or_cannot(|| "set the groups (process.user.additionalGids)")?;
+        let gid = Gid::from_raw(self.gid);
+        set_thread_res_gid(gid, gid, gid)
+            .or_cannot(|| format!("become group {} (process.user.gid)", self.gid))?;
+        let uid = Uid::from_raw(self.uid);
+        set_thread_res_uid(uid, uid, uid)
+            .or_cannot(|| format!("become user {} (process.user.uid)", self.uid))?;
+        set_keep_capabilities(false).or_cannot(|| "stop keeping capabilities")?;
+        self.capabilities.apply()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(changes: serde_json::Value) -> Result<Plan> {
+        let mut process = serde_json::json!({
+            "user": {"uid": 1, "gid": 2}, "args": ["sh"], "cwd": "/",
+        });
+        for (key, value) in changes.as_object().expect("object") {
+            process[key] = value.clone();
+        }
+        plan(&serde_json::from_value(process).expect("process"))
+    }
+
+    #[test]
+    fn defaults() {
+        let plan = planned(serde_json::json!({})).expect("valid");
+        assert_eq!((plan.uid, plan.gid, plan.umask), (1, 2, 0o022));
+        assert!(!plan.no_new_privileges);
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        for (changes, field) in [
+            (serde_json::json!({"args": []}), "process.args"),
+            (serde_json::json!({"args": ["a\0b"]}), "process.args[0]"),
+            (serde_json::json!({"cwd": "x"}), "process.cwd"),
+            (
+                serde_json::json!({"oomScoreAdj": 2000}),
+                "process.oomScoreAdj",
+            ),
+            (
+                serde_json::json!({"apparmorProfile": "p"}),
+                "process.apparmorProfile",
+            ),
+            (
+                serde_json::json!({"selinuxLabel": "l"}),
+                "process.selinuxLabel",
+            ),
+            (
+                serde_json::json!({"user": {"uid": u32::MAX, "gid": 0}}),
+                "process.user.uid",
+            ),
+            (
+                serde_json::json!({"user": {"uid": 0, "gid": 0, "umask": 512}}),
+                "process.user.umask",
+            ),
+            (
+                serde_json::json!({"rlimits": [{"type": "RLIMIT_CPU", "soft": 2, "hard": 1}]}),
+                "process.rlimits[0].soft",
+            ),
+            (
+                serde_json::json!({"ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 9}}),
+                "process.ioPriority.priority",
+            ),
+            (
+                serde_json::json!({"execCPUAffinity": {"initial": "0"}}),
+                "process.execCPUAffinity",
+            ),
+        ] {
+            let error = planned(changes).expect_err("refused").to_string();
+            assert!(error.starts_with(field), "{error}");
+        }
+        assert!(planned(serde_json::json!({"apparmorProfile": ""})).is_ok());
+    }
+}

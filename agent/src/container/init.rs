@@ -1,0 +1,241 @@
+//! What a container's first process does between its birth in new namespaces and `execve`. All of
+//! it runs in that process, which is a fork of the agent; `docs` of each step say what it relies on.
+
+use std::{
+    ffi::CString,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{self, Mode, OFlags},
+    mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount},
+    process::{fchdir, pivot_root, setsid, umask},
+    system::{setdomainname, sethostname},
+};
+
+use super::{
+    channel, devices, hooks,
+    mounts::{self, Sources},
+    plan::Plan,
+    process_io::ChildIo,
+    program,
+    rootfs::Tree,
+    sysctl, terminal,
+};
+use crate::{
+    error::{Attempt, Result},
+    sys::{self, MountAttributes, Never},
+};
+
+/// What the agent gives its child.
+pub(super) struct Init<'a> {
+    /// What to do.
+    pub plan: &'a Plan,
+    /// Root of the share.
+    pub share: BorrowedFd<'a>,
+    /// The agent's procfs.
+    pub proc: BorrowedFd<'a>,
+    /// The container's cgroup, in which this process was born.
+    pub cgroup: BorrowedFd<'a>,
+    /// Standard streams.
+    pub io: ChildIo,
+    /// To the agent.
+    pub channel: &'a channel::Child,
+}
+
+impl Init<'_> {
+    /// Sets the container up, waits for its start and runs its program.
+    pub(super) fn run(self) -> Result<Never> {
+        self.close_the_rest();
+        sys::reset_signals();
+        umask(Mode::empty());
+        setsid().or_cannot(|| "make a session for the container")?;
+        self.enter_namespaces()?;
+        let rootfs = self.mount_rootfs()?;
+        self.fill_rootfs(&rootfs)?;
+        let process = &self.plan.process;
+        let console = self.plan.terminal.map(|size| {
+            let slave = terminal::open(&rootfs, size, process.uid, self.channel)?;
+            devices::bind_console(&rootfs, &slave)?;
+            Ok(slave)
+        });
+        let console = console.transpose()?;
+        self.set_kernel_parameters()?;
+        self.protect(&rootfs)?;
+        self.enter_rootfs(&rootfs)?;
+        self.io.install(console, process.uid, process.gid)?;
+        self.become_process()
+    }
+
+    /// The agent's descriptors are of no concern here, and keeping streams of other containers
+    /// open would hide their ends.
+    fn close_the_rest(&self) {
+        let mut keep: Vec<RawFd> = [self.share, self.proc, self.cgroup]
+            .iter()
+            .map(AsRawFd::as_raw_fd)
+            .chain([self.channel.raw()])
+            .chain(self.io.raw())
+            .collect();
+        sys::close_all_but(&mut keep);
+    }
+
+    fn enter_namespaces(&self) -> Result<()> {
+        let plan = self.plan;
+        if plan.new_keyring {
+            let name = CString::new(format!("_ses.{}", plan.id)).unwrap_or_default();
+            sys::join_new_keyring(&name).or_cannot(|| "join a session keyring")?;
+        }
+        if plan.namespaces.cgroup {
+            sys::unshare(libc::CLONE_NEWCGROUP).or_cannot(|| "make a cgroup namespace")?;
+        }
+        if plan.namespaces.time {
+            sys::unshare(libc::CLONE_NEWTIME).or_cannot(|| "make a time namespace")?;
+            for line in &plan.time_offsets {
+                write_at(self.proc, "self/timens_offsets", line)
+                    .or_cannot(|| format!("set {} (linux.timeOffsets)", line.trim_end()))?;
+            }
+        }
+        if plan.namespaces.has(libc::CLONE_NEWNET) {
+            sys::raise_loopback().or_cannot(|| "raise the loopback interface")?;
+        }
+        if let Some(name) = &plan.hostname {
+            sethostname(name.as_bytes())
+                .or_cannot(|| format!("set the host name {name:?} (hostname)"))?;
+        }
+        if let Some(name) = &plan.domainname {
+            setdomainname(name.as_bytes())
+                .or_cannot(|| format!("set the domain name {name:?} (domainname)"))?;
+        }
+        Ok(())
+    }
+
+    /// Mounts the rootfs over its own place in the share, where only this mount namespace sees it.
+    fn mount_rootfs(&self) -> Result<Tree> {
+        // Nothing that happens here may be seen by the agent.
+        let above = if self.plan.propagation.0 == libc::MS_PRIVATE {
+            MountPropagationFlags::PRIVATE
+        } else {
+            MountPropagationFlags::DOWNSTREAM
+        };
+        mount_change("/", above | MountPropagationFlags::REC)
+            .or_cannot(|| "detach the container's mounts from the guest's")?;
+        let action = || {
+            format!(
+                "mount the rootfs {} of the share (root.path)",
+                self.plan.rootfs
+            )
+        };
+        let source = mounts::open_shared(self.share, &self.plan.rootfs).or_cannot(action)?;
+        let mount = mounts::clone_mount(source.as_fd(), true).or_cannot(action)?;
+        mounts::attach(&mount, &source).or_cannot(action)?;
+        Ok(Tree::new(mount))
+    }
+
+    fn fill_rootfs(&self, rootfs: &Tree) -> Result<()> {
+        let sources = Sources {
+            share: self.share,
+            control_group: (!self.plan.namespaces.cgroup).then_some(self.cgroup),
+        };
+        for mount in &self.plan.mounts {
+            mount.mount(rootfs, &sources)?;
+        }
+        // A /dev that the host gives is used as it is.
+        if self.plan.mounts.iter().any(mounts::MountPlan::binds_dev) {
+            return Ok(());
+        }
+        for device in &self.plan.devices {
+            device.create(rootfs)?;
+        }
+        devices::create_links(rootfs)
+    }
+
+    /// Through the agent's procfs: the container may have none, or may have made its own read-only.
+    fn set_kernel_parameters(&self) -> Result<()> {
+        for (path, value) in &self.plan.sysctls {
+            sysctl::write(self.proc, path, value)?;
+        }
+        if let Some(adjustment) = self.plan.process.oom_score_adjustment {
+            write_at(self.proc, "self/oom_score_adj", &adjustment.to_string())
+                .or_cannot(|| format!("set oom_score_adj to {adjustment} (process.oomScoreAdj)"))?;
+        }
+        Ok(())
+    }
+
+    fn protect(&self, rootfs: &Tree) -> Result<()> {
+        for path in &self.plan.read_only_paths {
+            mounts::make_read_only(rootfs, path)?;
+        }
+        for path in &self.plan.masked_paths {
+            mounts::mask(rootfs, path)?;
+        }
+        let action = || "create the working directory (process.cwd)";
+        rootfs
+            .lookup(
+                &self.plan.process.directory,
+                super::rootfs::Missing::Directory,
+            )
+            .or_cannot(action)?;
+        if self.plan.read_only {
+            let read_only = MountAttributes {
+                set: libc::MOUNT_ATTR_RDONLY,
+                ..Default::default()
+            };
+            sys::set_mount_attributes(rootfs.root(), false, read_only)
+                .or_cannot(|| "make the rootfs read-only (root.readonly)")?;
+        }
+        Ok(())
+    }
+
+    /// Makes the rootfs the root, and nothing else reachable.
+    fn enter_rootfs(&self, rootfs: &Tree) -> Result<()> {
+        let action = || "make the rootfs the root";
+        fchdir(rootfs.root()).or_cannot(action)?;
+        // Old and new root on one another (pivot_root(2), NOTES): no directory for the old one is
+        // needed in the rootfs.
+        pivot_root(".", ".").or_cannot(action)?;
+        unmount(".", UnmountFlags::DETACH).or_cannot(|| "let go of the guest's root")?;
+        let (propagation, recursive) = self.plan.propagation;
+        let change = MountAttributes {
+            propagation,
+            ..Default::default()
+        };
+        sys::set_mount_attributes(rootfs.root(), recursive, change)
+            .or_cannot(|| "set the propagation of the root (linux.rootfsPropagation)")
+    }
+
+    fn become_process(&self) -> Result<Never> {
+        let plan = self.plan;
+        let process = &plan.process;
+        if let Some(domain) = plan.personality {
+            sys::set_personality(domain)
+                .or_cannot(|| "set the execution domain (linux.personality)")?;
+        }
+        process.apply_limits()?;
+        // Without no_new_privs, installing a filter takes a privilege that the process is about
+        // to lose.
+        let early = !process.no_new_privileges;
+        let filter = plan.seccomp.as_ref();
+        if let Some(filter) = filter.filter(|_| early) {
+            filter.install()?;
+        }
+        process.become_user()?;
+        super::enter_directory(&process.directory)?;
+        let program = program::find(&process.arguments[0], &process.environment)?;
+        let environment = program::with_home(process.environment.clone(), process.uid);
+        umask(Mode::from_raw_mode(process.umask));
+        self.channel.wait_to_proceed()?;
+        hooks::run_all(&plan.start_hooks, plan)?;
+        if let Some(filter) = filter.filter(|_| !early) {
+            filter.install()?;
+        }
+        program::execute(&program, &process.arguments, &environment)
+    }
+}
+
+fn write_at(directory: BorrowedFd<'_>, path: &str, value: &str) -> std::io::Result<()> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file: OwnedFd = fs::openat(directory, Path::new(path), flags, Mode::empty())?;
+    rustix::io::write(&file, value.as_bytes())?;
+    Ok(())
+}

@@ -1,0 +1,434 @@
+//! A container in the guest: its set-up from an OCI spec, its processes, its end.
+//!
+//! States: *created* (the first process waits on its channel), *running*, *stopped* (the first
+//! process has been reaped). Each container has a cgroup; everything else of it belongs to the
+//! namespaces of its processes and goes with them.
+
+mod capabilities;
+mod cgroup;
+mod channel;
+mod copy_up;
+mod device_filter;
+mod devices;
+mod hooks;
+mod identity;
+mod init;
+mod join;
+mod mount_options;
+mod mounts;
+mod plan;
+mod process_io;
+mod process_list;
+mod program;
+mod resources;
+mod rootfs;
+mod seccomp;
+mod stats;
+mod sysctl;
+mod terminal;
+
+use std::{
+    collections::HashMap,
+    ffi::CString,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bulkhead_agent_protocol::{
+    ErrorKind,
+    messages::{CreateContainerRequest, Process as ProcessLine, StatsResponse, Stdio},
+};
+use oci_spec::runtime::Process as ProcessSpec;
+use rustix::process::Pid;
+
+pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
+pub use process_io::ChildIo;
+
+use self::{
+    channel::Progress,
+    init::Init,
+    join::{Join, Target},
+    plan::{Namespaces, Plan},
+};
+use crate::{
+    error::{Attempt, Error, Result},
+    process::{Process, Started},
+    reaper::Reaper,
+    stdio::{self, Streams},
+    sys::{self, Forked, Never},
+};
+
+/// What set-ups use of the guest.
+#[derive(Debug)]
+pub struct Surroundings {
+    /// Root of the share, or why there is none.
+    pub share: Result<OwnedFd>,
+    /// A procfs of the agent's PID namespace.
+    pub proc: OwnedFd,
+    /// The agent's own PID namespace.
+    pub pid_namespace: OwnedFd,
+    /// Where ends of processes are reported.
+    pub reaper: Arc<Reaper>,
+    /// Streams that the host has connected.
+    pub streams: Arc<Streams>,
+}
+
+impl Surroundings {
+    /// Root of the share, if there is one.
+    fn share(&self) -> Result<BorrowedFd<'_>> {
+        match &self.share {
+            Ok(share) => Ok(share.as_fd()),
+            Err(error) => Err(Error::Reported(error.report())),
+        }
+    }
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    cgroup: Arc<Cgroup>,
+    namespaces: Namespaces,
+    seccomp: Option<seccomp::Filter>,
+    personality: Option<u64>,
+    keyring: Option<CString>,
+    init: Arc<Process>,
+    /// Held while the container is created and not started.
+    waiting: Mutex<Option<channel::Parent>>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+/// Processes ended and waited for that are remembered before the oldest are forgotten.
+const REMEMBERED: usize = 64;
+
+impl Container {
+    /// Sets a container up to the point where its program only has to be executed.
+    pub async fn create(
+        surroundings: &Surroundings,
+        request: &CreateContainerRequest,
+    ) -> Result<Self> {
+        let plan = plan::plan(request)?;
+        let share = surroundings.share()?;
+        let (child_io, agent_io) = stdio::connect(
+            &surroundings.streams,
+            &request.stdio,
+            plan.terminal.is_some(),
+        )
+        .await?;
+        let cgroup = Arc::new(Cgroup::create(&plan.id)?);
+        cgroup.apply(&plan.settings)?;
+        cgroup.filter_devices(&plan.device_rules)?;
+        let (parent, child) = channel::pair()?;
+        let spawned = spawn(
+            plan.namespaces.at_birth,
+            cgroup.directory(),
+            &child,
+            |channel| {
+                Init {
+                    plan: &plan,
+                    share,
+                    proc: surroundings.proc.as_fd(),
+                    cgroup: cgroup.directory(),
+                    io: child_io,
+                    channel,
+                }
+                .run()
+            },
+        );
+        let (pid, pidfd) = spawned.or_cannot(|| "fork the container's first process")?;
+        let ended = surroundings.reaper.expect(pid);
+        drop(child);
+        let kill_all = !plan.namespaces.has(libc::CLONE_NEWPID);
+        let mut master = None;
+        let progress = parent.progress(|terminal| master = Some(terminal)).await;
+        if let Err(error) = progress.and_then(expect_ready) {
+            cgroup.kill().await?;
+            return Err(error);
+        }
+        let started = Started { pid, pidfd, ended };
+        let init = Process::new(
+            started,
+            agent_io.with_terminal(master)?,
+            Some((cgroup.clone(), kill_all)),
+        );
+        Ok(Self {
+            namespaces: plan.namespaces,
+            personality: plan.personality,
+            keyring: keyring_name(&plan),
+            id: plan.id,
+            seccomp: plan.seccomp,
+            cgroup,
+            init,
+            waiting: Mutex::new(Some(parent)),
+            execs: Mutex::default(),
+        })
+    }
+
+    /// Lets the created container's process run; returns when it does.
+    pub async fn start(&self) -> Result<()> {
+        let waiting = lock(&self.waiting).take();
+        let channel = waiting.filter(|_| !self.init.has_ended()).ok_or_else(|| {
+            let state = if self.init.has_ended() {
+                "has stopped"
+            } else {
+                "runs already"
+            };
+            wrong_state(&self.id, state, "only a created one can be started")
+        })?;
+        channel.proceed()?;
+        match channel.progress(drop).await? {
+            Progress::Running => Ok(()),
+            Progress::Ready => Err(Error::new(
+                ErrorKind::Internal,
+                "the container waits once more",
+            )),
+        }
+    }
+
+    /// Runs one more process in the container; returns when its program runs.
+    pub async fn exec(
+        &self,
+        surroundings: &Surroundings,
+        id: &str,
+        process: &[u8],
+        stdio: &Stdio,
+    ) -> Result<Pid> {
+        if self.init.has_ended() {
+            return Err(wrong_state(
+                &self.id,
+                "has stopped",
+                "nothing can run in it",
+            ));
+        }
+        self.make_room_for(id)?;
+        let target = Target {
+            pid: self.init.pid().as_raw_nonzero().get(),
+            pidfd: self.init.pidfd(),
+            namespaces: self.namespaces,
+            seccomp: self.seccomp.as_ref(),
+            personality: self.personality,
+            keyring: self.keyring.as_deref(),
+        };
+        let cgroup = Some(self.cgroup.directory());
+        let process = exec(surroundings, process, stdio, Some(target), cgroup).await?;
+        let pid = process.pid();
+        lock(&self.execs).insert(id.to_owned(), process);
+        Ok(pid)
+    }
+
+    fn make_room_for(&self, id: &str) -> Result<()> {
+        let mut execs = lock(&self.execs);
+        if id.is_empty() {
+            return Err(Error::invalid("exec id", "is empty"));
+        }
+        if execs.get(id).is_some_and(|process| !process.has_ended()) {
+            let text = format!("a process {id} runs in container {} already", self.id);
+            return Err(Error::new(ErrorKind::WrongState, text));
+        }
+        if execs.len() >= REMEMBERED {
+            execs.retain(|_, process| !process.was_waited_for());
+        }
+        Ok(())
+    }
+
+    /// The container's own process (empty id) or one that was added.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        lock(&self.execs).get(exec_id).cloned().ok_or_else(|| {
+            let text = format!("container {} has no process {exec_id}", self.id);
+            Error::new(ErrorKind::NoSuchProcess, text)
+        })
+    }
+
+    /// Pid of the first process.
+    pub fn pid(&self) -> Pid {
+        self.init.pid()
+    }
+
+    /// Sends a signal to every process.
+    pub async fn signal_all(&self, signal: i32) -> Result<()> {
+        if signal == libc::SIGKILL {
+            return self.cgroup.kill().await;
+        }
+        for pid in self.cgroup.processes()? {
+            match sys::kill(pid, signal) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                Err(error) => {
+                    let action = || format!("send a signal to process {}", pid.as_raw_nonzero());
+                    return Err(error).or_cannot(action);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops (true) or continues all processes.
+    pub async fn freeze(&self, frozen: bool) -> Result<()> {
+        if self.init.has_ended() {
+            return Err(wrong_state(
+                &self.id,
+                "has stopped",
+                "it cannot be paused or resumed",
+            ));
+        }
+        self.cgroup.freeze(frozen).await
+    }
+
+    /// Resource usage.
+    pub fn stats(&self) -> Result<StatsResponse> {
+        stats::read(&self.cgroup)
+    }
+
+    /// All processes.
+    pub fn processes(&self, proc: BorrowedFd<'_>) -> Result<Vec<ProcessLine>> {
+        process_list::read(proc, &self.cgroup.processes()?)
+    }
+
+    /// Ends what runs in it, if `force`, and removes what it has in the guest.
+    pub async fn remove(&self, force: bool) -> Result<()> {
+        if !self.init.has_ended() && !force {
+            return Err(wrong_state(
+                &self.id,
+                "is not stopped",
+                "stop it, or use force",
+            ));
+        }
+        self.cgroup.kill().await?;
+        self.init.wait().await;
+        self.cgroup.remove()
+    }
+}
+
+/// Runs a process in a container, or in the guest itself without a target.
+pub async fn exec(
+    surroundings: &Surroundings,
+    process: &[u8],
+    stdio: &Stdio,
+    target: Option<Target<'_>>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Arc<Process>> {
+    let spec: ProcessSpec = serde_json::from_slice(process)
+        .map_err(|error| Error::invalid("process", error.to_string()))?;
+    let plan = identity::plan(&spec)?;
+    let terminal = plan::terminal(&spec, stdio)?;
+    let (child_io, agent_io) =
+        stdio::connect(&surroundings.streams, stdio, terminal.is_some()).await?;
+    let (parent, child) = channel::pair()?;
+    let born_in = target
+        .as_ref()
+        .filter(|t| t.namespaces.has(libc::CLONE_NEWPID));
+    let pidfd = born_in.map(|target| target.pidfd);
+    let spawned = spawn_in(surroundings, pidfd, cgroup, &child, |channel| {
+        Join {
+            process: &plan,
+            terminal,
+            container: target,
+            proc: surroundings.proc.as_fd(),
+            io: child_io,
+            channel,
+        }
+        .run()
+    });
+    let (pid, pidfd) = spawned?;
+    let ended = surroundings.reaper.expect(pid);
+    drop(child);
+    let mut master = None;
+    parent.progress(|terminal| master = Some(terminal)).await?;
+    let started = Started { pid, pidfd, ended };
+    Ok(Process::new(started, agent_io.with_terminal(master)?, None))
+}
+
+/// Forks a child that runs `set_up`.
+fn spawn(
+    namespaces: u64,
+    cgroup: BorrowedFd<'_>,
+    channel: &channel::Child,
+    set_up: impl FnOnce(&channel::Child) -> Result<Never>,
+) -> std::io::Result<(Pid, OwnedFd)> {
+    match sys::fork(namespaces, Some(cgroup))? {
+        Forked::Child => channel.run(|| set_up(channel)),
+        Forked::Parent(pid, pidfd) => Ok((pid, pidfd)),
+    }
+}
+
+/// Forks a child into the PID namespace of another process and into a cgroup.
+fn spawn_in(
+    surroundings: &Surroundings,
+    pid_namespace_of: Option<BorrowedFd<'_>>,
+    cgroup: Option<BorrowedFd<'_>>,
+    channel: &channel::Child,
+    set_up: impl FnOnce(&channel::Child) -> Result<Never>,
+) -> Result<(Pid, OwnedFd)> {
+    use rustix::thread::{
+        LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space,
+        move_into_thread_name_spaces,
+    };
+    // setns(2) of a PID namespace only concerns children: the agent sets it for this fork.
+    if let Some(pidfd) = pid_namespace_of {
+        move_into_thread_name_spaces(pidfd, ThreadNameSpaceType::PROCESS_ID)
+            .or_cannot(|| "enter the container's PID namespace: it may have ended")?;
+    }
+    let forked = sys::fork(0, cgroup);
+    if let Ok(Forked::Child) = forked {
+        channel.run(|| set_up(channel));
+    }
+    if pid_namespace_of.is_some() {
+        let own = surroundings.pid_namespace.as_fd();
+        move_into_link_name_space(own, Some(LinkNameSpaceType::ProcessID))
+            .or_cannot(|| "return to the agent's PID namespace")?;
+    }
+    match forked.or_cannot(|| "fork a process into the container: it may have ended")? {
+        Forked::Parent(pid, pidfd) => Ok((pid, pidfd)),
+        Forked::Child => sys::exit_now(1),
+    }
+}
+
+fn expect_ready(progress: Progress) -> Result<()> {
+    match progress {
+        Progress::Ready => Ok(()),
+        Progress::Running => Err(Error::new(
+            ErrorKind::Internal,
+            "the container's set-up ended without a word: was it killed for want of memory?",
+        )),
+    }
+}
+
+fn keyring_name(plan: &Plan) -> Option<CString> {
+    plan.new_keyring
+        .then(|| CString::new(format!("_ses.{}", plan.id)).ok())
+        .flatten()
+}
+
+fn wrong_state(id: &str, state: &str, rule: &str) -> Error {
+    Error::new(
+        ErrorKind::WrongState,
+        format!("container {id} {state}: {rule}"),
+    )
+}
+
+/// Changes to the working directory of a process. Going there as its user keeps the agent's
+/// privileges out of it; being inside of the root is what getcwd(2) confirms.
+fn enter_directory(directory: &Path) -> Result<()> {
+    let action = || {
+        format!(
+            "change to the working directory {} (process.cwd)",
+            directory.display()
+        )
+    };
+    rustix::process::chdir(directory).or_cannot(action)?;
+    let reached = rustix::process::getcwd(Vec::new()).or_cannot(action)?;
+    if !reached.to_bytes().starts_with(b"/") {
+        let text = format!("cannot {}: it lies outside of the container", action());
+        return Err(Error::new(ErrorKind::Internal, text));
+    }
+    Ok(())
+}
+
+/// Locks; what a panicking holder may have left is as good as ever, since every use is one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,355 @@
+//! Makes a container's mounts: each is built detached, then put onto a directory or file that was
+//! looked up inside of the rootfs, so that no path of the rootfs can lead it elsewhere.
+//! Runs in the container's namespaces, before the root is changed.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::Mount;
+use rustix::{
+    fs::{self, CWD, FileType, Mode, OFlags, ResolveFlags},
+    io::Errno,
+    mount::{
+        self as kernel, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    },
+};
+
+use super::{
+    copy_up,
+    mount_options::{self, Bind, MountOptions},
+    rootfs::{Missing, Tree},
+};
+use crate::{
+    error::{Attempt, Error, Result},
+    sys::{self, MountAttributes},
+};
+
+/// One entry of the spec's `mounts`, checked.
+#[derive(Debug)]
+pub(super) struct MountPlan {
+    /// `mounts[i]`, for errors.
+    field: String,
+    /// Where, inside of the container.
+    pub destination: PathBuf,
+    source: Source,
+    options: MountOptions,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// A path of the share.
+    Share { path: String, recursive: bool },
+    /// The container's own cgroup.
+    ControlGroup,
+    /// A filesystem of a type with, perhaps, a source.
+    Filesystem {
+        kind: String,
+        source: Option<String>,
+    },
+}
+
+/// Checks the spec's mounts. `bind_sources` tells where the sources of bind mounts lie.
+pub(super) fn plan(
+    mounts: &[Mount],
+    bind_sources: &HashMap<u32, String>,
+) -> Result<Vec<MountPlan>> {
+    let numbered = (0u32..).zip(mounts);
+    numbered
+        .map(|(index, mount)| plan_one(index, mount, bind_sources.get(&index)))
+        .collect()
+}
+
+fn plan_one(index: u32, mount: &Mount, shared: Option<&String>) -> Result<MountPlan> {
+    let field = format!("mounts[{index}]");
+    let none_or_empty = |mappings: &Option<Vec<_>>| mappings.as_ref().is_none_or(Vec::is_empty);
+    if !none_or_empty(mount.uid_mappings()) || !none_or_empty(mount.gid_mappings()) {
+        let reason = "id-mapped mounts do not cross into the guest yet; remove them";
+        return Err(Error::unsupported(format!("{field}.uidMappings"), reason));
+    }
+    let destination = Path::new("/").join(mount.destination());
+    if destination.file_name().is_none() {
+        let problem = format!("{} cannot be mounted over", destination.display());
+        return Err(Error::invalid(format!("{field}.destination"), problem));
+    }
+    let options = mount_options::parse(&field, mount.options().as_deref().unwrap_or_default())?;
+    let kind = mount.typ().clone().unwrap_or_default();
+    let source = match (options.bind, kind.as_str()) {
+        (None, "" | "none") => {
+            let problem = "missing; name a filesystem, or add the option bind";
+            return Err(Error::invalid(format!("{field}.type"), problem));
+        }
+        (Some(_), _) | (None, "bind") => Source::Share {
+            path: shared.cloned().ok_or_else(|| {
+                Error::invalid(format!("{field}.source"), "was not shared with the guest")
+            })?,
+            recursive: options.bind == Some(Bind::Recursive),
+        },
+        (None, "cgroup" | "cgroup2") => Source::ControlGroup,
+        (None, _) => Source::Filesystem {
+            source: mount
+                .source()
+                .as_ref()
+                .map(|s| s.to_string_lossy().into_owned()),
+            kind,
+        },
+    };
+    Ok(MountPlan {
+        field,
+        destination,
+        source,
+        options,
+    })
+}
+
+/// What mounts are made from besides the rootfs itself.
+pub(super) struct Sources<'a> {
+    /// Root of the share.
+    pub share: BorrowedFd<'a>,
+    /// The container's cgroup directory, unless the container has a cgroup namespace.
+    pub control_group: Option<BorrowedFd<'a>>,
+}
+
+impl MountPlan {
+    /// Whether it gives the container a /dev of the host's.
+    pub(super) fn binds_dev(&self) -> bool {
+        matches!(self.source, Source::Share { .. }) && self.destination == Path::new("/dev")
+    }
+
+    /// Makes the mount inside of `rootfs`.
+    pub(super) fn mount(&self, rootfs: &Tree, sources: &Sources<'_>) -> Result<()> {
+        let action = || format!("mount {} ({})", self.destination.display(), self.field);
+        let (mount, directory) = match &self.source {
+            Source::Share { path, recursive } => {
+                let mount = self.clone_from_share(path, *recursive, sources.share)?;
+                let mode = fs::fstat(&mount).or_cannot(action)?.st_mode;
+                (mount, FileType::from_raw_mode(mode) == FileType::Directory)
+            }
+            Source::ControlGroup => (self.control_group(sources)?, true),
+            Source::Filesystem { kind, source } => {
+                (self.filesystem(kind, source.as_deref())?, true)
+            }
+        };
+        let missing = if directory {
+            Missing::Directory
+        } else {
+            Missing::File
+        };
+        let target = rootfs.lookup(&self.destination, missing).or_cannot(|| {
+            format!(
+                "make the mount point {} ({})",
+                self.destination.display(),
+                self.field
+            )
+        })?;
+        if self.options.copy_up {
+            copy_up::copy(&target, &mount).or_cannot(|| {
+                format!(
+                    "copy what {} holds into its tmpfs",
+                    self.destination.display()
+                )
+            })?;
+        }
+        set_attributes(&mount, false, self.options.attributes).or_cannot(action)?;
+        set_attributes(&mount, true, self.options.recursive_attributes).or_cannot(action)?;
+        attach(&mount, &target).or_cannot(action)?;
+        for &(propagation, recursive) in &self.options.propagation {
+            let change = MountAttributes {
+                propagation,
+                ..Default::default()
+            };
+            sys::set_mount_attributes(mount.as_fd(), recursive, change).or_cannot(action)?;
+        }
+        Ok(())
+    }
+
+    fn clone_from_share(
+        &self,
+        path: &str,
+        recursive: bool,
+        share: BorrowedFd<'_>,
+    ) -> Result<OwnedFd> {
+        let source = open_shared(share, path)
+            .or_cannot(|| format!("open {path} of the share ({}.source)", self.field))?;
+        clone_mount(source.as_fd(), recursive)
+            .or_cannot(|| format!("bind {path} of the share ({})", self.field))
+    }
+
+    fn control_group(&self, sources: &Sources<'_>) -> Result<OwnedFd> {
+        match sources.control_group {
+            Some(directory) => clone_mount(directory, false)
+                .or_cannot(|| format!("bind the container's cgroup ({})", self.field)),
+            None => self.filesystem("cgroup2", None),
+        }
+    }
+
+    fn filesystem(&self, kind: &str, source: Option<&str>) -> Result<OwnedFd> {
+        let context =
+            kernel::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
+                Errno::NODEV => Error::unsupported(
+                    format!("{}.type {kind}", self.field),
+                    "the guest kernel lacks this filesystem",
+                ),
+                _ => Error::System {
+                    action: format!("open a filesystem of type {kind} ({})", self.field),
+                    cause: error.into(),
+                },
+            })?;
+        if let Some(source) = source {
+            self.configure(&context, source, || {
+                kernel::fsconfig_set_string(&context, "source", source)
+            })?;
+        }
+        for flag in &self.options.superblock {
+            self.configure(&context, flag, || {
+                kernel::fsconfig_set_flag(&context, *flag)
+            })?;
+        }
+        for option in &self.options.data {
+            // devpts takes `newinstance` from no one any more: every mount is one. cgroup v1 names
+            // of controllers do not get here, since cgroup mounts carry no data.
+            if kind == "devpts" && option == "newinstance" {
+                continue;
+            }
+            self.configure(&context, option, || match option.split_once('=') {
+                Some((key, value)) => kernel::fsconfig_set_string(&context, key, value),
+                None => kernel::fsconfig_set_flag(&context, option.as_str()),
+            })?;
+        }
+        self.configure(&context, kind, || kernel::fsconfig_create(&context))?;
+        kernel::fsmount(
+            &context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::empty(),
+        )
+        .or_cannot(|| format!("mount a filesystem of type {kind} ({})", self.field))
+    }
+
+    fn configure(
+        &self,
+        context: &OwnedFd,
+        subject: &str,
+        step: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> Result<()> {
+        step().map_err(|error| {
+            let explanation = kernel_explanation(context).unwrap_or_else(|| error.to_string());
+            let field = format!("{}.options", self.field);
+            match error {
+                Errno::INVAL => Error::invalid(field, format!("{subject}: {explanation}")),
+                _ => Error::System {
+                    action: format!("configure {subject} ({})", self.field),
+                    cause: io::Error::other(explanation),
+                },
+            }
+        })
+    }
+}
+
+/// What the kernel has to say about a filesystem context: a message that begins with its severity
+/// and a space.
+fn kernel_explanation(context: &OwnedFd) -> Option<String> {
+    let mut buffer = [0; 256];
+    let length = rustix::io::read(context, &mut buffer).ok()?;
+    let text = String::from_utf8_lossy(buffer.get(..length)?);
+    Some(text.trim_end().get(2..)?.to_owned())
+}
+
+/// Opens a path of the share. The host has put it together from plain names, so links have no
+/// place in it.
+pub(super) fn open_shared(share: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let path = path.trim_start_matches('/');
+    let path = if path.is_empty() { "." } else { path };
+    Ok(fs::openat2(share, path, flags, Mode::empty(), how)?)
+}
+
+/// A detached mount of what the descriptor refers to.
+pub(super) fn clone_mount(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    Ok(kernel::open_tree(source, "", flags)?)
+}
+
+/// Puts a detached mount onto a target.
+pub(super) fn attach(mount: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(kernel::move_mount(mount, "", target, "", flags)?)
+}
+
+fn set_attributes(mount: &OwnedFd, recursive: bool, attributes: MountAttributes) -> io::Result<()> {
+    if attributes == MountAttributes::default() {
+        return Ok(());
+    }
+    sys::set_mount_attributes(mount.as_fd(), recursive, attributes)
+}
+
+/// Hides a path: a file behind /dev/null, a directory behind an empty read-only tmpfs
+/// (runtime-spec config-linux.md "Masked Paths"). What does not exist needs no hiding.
+pub(super) fn mask(rootfs: &Tree, path: &Path) -> Result<()> {
+    let action = || format!("mask {} (linux.maskedPaths)", path.display());
+    let Some(target) = existing(rootfs, path).or_cannot(action)? else {
+        return Ok(());
+    };
+    let mode = fs::fstat(&target).or_cannot(action)?.st_mode;
+    let cover = if FileType::from_raw_mode(mode) == FileType::Directory {
+        empty_directory()
+    } else {
+        null_device()
+    };
+    attach(&cover.or_cannot(action)?, &target).or_cannot(action)
+}
+
+fn empty_directory() -> io::Result<OwnedFd> {
+    let context = kernel::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    kernel::fsconfig_set_string(&context, "nr_blocks", "1")?;
+    kernel::fsconfig_set_string(&context, "nr_inodes", "1")?;
+    kernel::fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
+    Ok(kernel::fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        attributes,
+    )?)
+}
+
+fn null_device() -> io::Result<OwnedFd> {
+    // The guest's own device, not the container's: the root has not changed yet.
+    let null = fs::openat(
+        CWD,
+        "/dev/null",
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    clone_mount(null.as_fd(), false)
+}
+
+/// Makes a path and what is mounted below it read-only.
+pub(super) fn make_read_only(rootfs: &Tree, path: &Path) -> Result<()> {
+    let action = || format!("make {} read-only (linux.readonlyPaths)", path.display());
+    let Some(target) = existing(rootfs, path).or_cannot(action)? else {
+        return Ok(());
+    };
+    let mount = clone_mount(target.as_fd(), true).or_cannot(action)?;
+    let read_only = MountAttributes {
+        set: libc::MOUNT_ATTR_RDONLY,
+        ..Default::default()
+    };
+    sys::set_mount_attributes(mount.as_fd(), true, read_only).or_cannot(action)?;
+    attach(&mount, &target).or_cannot(action)
+}
+
+fn existing(rootfs: &Tree, path: &Path) -> io::Result<Option<OwnedFd>> {
+    match rootfs.open(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if [Some(libc::ENOENT), Some(libc::ENOTDIR)].contains(&error.raw_os_error()) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,400 @@
+//! Checks a spec and turns it into what the set-up of a container does, step by step. A field that
+//! is not honoured is refused by its name here. Touches nothing.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use bulkhead_agent_protocol::messages::{CreateContainerRequest, Stdio};
+use oci_spec::runtime::{
+    Hook, Hooks, Linux, LinuxNamespaceType, LinuxPersonalityDomain, Process, Spec,
+};
+
+use super::{
+    device_filter,
+    devices::{self, DeviceNode},
+    identity, mount_options,
+    mounts::{self, MountPlan},
+    resources::{self, Setting},
+    seccomp, sysctl,
+};
+use crate::error::{Error, Result};
+
+/// Everything that the set-up of a container needs to know.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The container's id.
+    pub id: String,
+    /// Its root filesystem, relative to the share.
+    pub rootfs: String,
+    /// Whether its root becomes read-only.
+    pub read_only: bool,
+    /// Propagation of its root, as a flag and "recursive".
+    pub propagation: (u64, bool),
+    /// Namespaces of its own.
+    pub namespaces: Namespaces,
+    /// Host name in its UTS namespace.
+    pub hostname: Option<String>,
+    /// NIS domain name in its UTS namespace.
+    pub domainname: Option<String>,
+    /// In order.
+    pub mounts: Vec<MountPlan>,
+    /// Nodes in /dev.
+    pub devices: Vec<DeviceNode>,
+    /// Who may use which device.
+    pub device_rules: Vec<device_filter::Rule>,
+    /// Files of its cgroup.
+    pub settings: Vec<Setting>,
+    /// Kernel parameters, by path below /proc/sys.
+    pub sysctls: Vec<(PathBuf, String)>,
+    /// Paths to hide.
+    pub masked_paths: Vec<PathBuf>,
+    /// Paths to make read-only.
+    pub read_only_paths: Vec<PathBuf>,
+    /// System call filter of all its processes.
+    pub seccomp: Option<seccomp::Filter>,
+    /// Execution domain.
+    pub personality: Option<u64>,
+    /// Lines for /proc/self/timens_offsets.
+    pub time_offsets: Vec<String>,
+    /// Hooks that run in the container before its process.
+    pub start_hooks: Vec<Hook>,
+    /// For the state that hooks are given.
+    pub annotations: HashMap<String, String>,
+    /// Version of the spec, for the same.
+    pub oci_version: String,
+    /// Whether its process gets a session keyring of its own.
+    pub new_keyring: bool,
+    /// The process.
+    pub process: identity::Plan,
+    /// Rows and columns, if the process has a terminal.
+    pub terminal: Option<(u16, u16)>,
+}
+
+/// Namespaces that the container has of its own; the others are the guest's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    /// CLONE_NEW* of those that a process is born into.
+    pub at_birth: u64,
+    /// A cgroup namespace, entered once the process is in its cgroup.
+    pub cgroup: bool,
+    /// A time namespace, entered at `execve`.
+    pub time: bool,
+}
+
+impl Namespaces {
+    /// Whether one of those of birth is the container's own.
+    pub fn has(&self, flag: i32) -> bool {
+        self.at_birth & u64::from(flag.unsigned_abs()) != 0
+    }
+}
+
+/// Checks the request.
+pub(super) fn plan(request: &CreateContainerRequest) -> Result<Plan> {
+    check_id(&request.container_id)?;
+    let spec: Spec = serde_json::from_slice(&request.spec)
+        .map_err(|error| Error::invalid("config.json", error.to_string()))?;
+    refuse_foreign(&spec)?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| Error::invalid("process", "is missing"))?;
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| Error::invalid("linux", "is missing"))?;
+    refuse_linux(linux)?;
+    let namespaces = namespaces(linux)?;
+    check_names(&spec, &namespaces)?;
+    let resources = linux.resources().as_ref();
+    let rules = resources
+        .and_then(|r| r.devices().as_deref())
+        .unwrap_or_default();
+    Ok(Plan {
+        id: request.container_id.clone(),
+        rootfs: request.rootfs.clone(),
+        read_only: spec
+            .root()
+            .as_ref()
+            .is_some_and(|r| r.readonly() == Some(true)),
+        propagation: propagation(linux)?,
+        namespaces,
+        hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+        domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
+        mounts: mounts::plan(
+            spec.mounts().as_deref().unwrap_or_default(),
+            &request.bind_sources,
+        )?,
+        devices: devices::plan(linux.devices().as_deref().unwrap_or_default())?,
+        device_rules: device_filter::rules(rules)?,
+        settings: resources
+            .map(resources::settings)
+            .transpose()?
+            .unwrap_or_default(),
+        sysctls: sysctl::plan(linux.sysctl().as_ref(), &namespaces)?,
+        masked_paths: absolute("linux.maskedPaths", linux.masked_paths().as_deref())?,
+        read_only_paths: absolute("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
+        seccomp: linux.seccomp().as_ref().map(seccomp::compile).transpose()?,
+        personality: personality(linux)?,
+        time_offsets: time_offsets(linux, &namespaces)?,
+        start_hooks: start_hooks(spec.hooks().as_ref())?,
+        annotations: spec.annotations().clone().unwrap_or_default(),
+        oci_version: spec.version().clone(),
+        new_keyring: !request.no_new_keyring,
+        process: identity::plan(process)?,
+        terminal: terminal(process, &request.stdio)?,
+    })
+}
+
+/// Ids become names of directories.
+fn check_id(id: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.');
+    if id.is_empty() || id.len() > 200 || !id.chars().all(plain) {
+        let problem = format!("{id:?} is not 1 to 200 letters, digits, _, +, - and .");
+        return Err(Error::invalid("container id", problem));
+    }
+    Ok(())
+}
+
+/// The size of the terminal that the process is to have. What the host has connected must be what
+/// the spec asks for.
+pub(super) fn terminal(process: &Process, stdio: &Stdio) -> Result<Option<(u16, u16)>> {
+    let wanted = process.terminal().unwrap_or(false);
+    if wanted != stdio.terminal {
+        let problem = format!(
+            "is {wanted}, but the streams connected say {}",
+            stdio.terminal
+        );
+        return Err(Error::invalid("process.terminal", problem));
+    }
+    if !wanted {
+        return Ok(None);
+    }
+    let (mut rows, mut columns) = (u64::from(stdio.rows), u64::from(stdio.columns));
+    if let Some(size) = process.console_size().filter(|_| (rows, columns) == (0, 0)) {
+        (rows, columns) = (size.height(), size.width());
+    }
+    let cells = |name: &str, value| {
+        u16::try_from(value)
+            .map_err(|_| Error::invalid(format!("process.consoleSize.{name}"), "is above 65535"))
+    };
+    Ok(Some((cells("height", rows)?, cells("width", columns)?)))
+}
+
+fn refuse_foreign(spec: &Spec) -> Result<()> {
+    if !spec.version().starts_with("1.") {
+        let problem = format!("{:?} is not a version 1.x", spec.version());
+        return Err(Error::invalid("ociVersion", problem));
+    }
+    let foreign = [
+        ("solaris", spec.solaris().is_some()),
+        ("windows", spec.windows().is_some()),
+        ("vm", spec.vm().is_some()),
+        ("zos", spec.zos().is_some()),
+    ];
+    match foreign.iter().find(|(_, present)| *present) {
+        Some((field, _)) => Err(Error::unsupported(*field, "containers here are Linux's")),
+        None => Ok(()),
+    }
+}
+
+fn refuse_linux(linux: &Linux) -> Result<()> {
+    if linux
+        .mount_label()
+        .as_ref()
+        .is_some_and(|label| !label.is_empty())
+    {
+        let reason = "the guest kernel has no such security module; remove it";
+        return Err(Error::unsupported("linux.mountLabel", reason));
+    }
+    if linux.intel_rdt().is_some() {
+        let reason = "a guest has no control over the host's caches; remove it";
+        return Err(Error::unsupported("linux.intelRdt", reason));
+    }
+    if linux.memory_policy().is_some() {
+        let reason = "nodes of the host mean nothing in the guest; remove it";
+        return Err(Error::unsupported("linux.memoryPolicy", reason));
+    }
+    if linux
+        .net_devices()
+        .as_ref()
+        .is_some_and(|devices| !devices.is_empty())
+    {
+        let reason = "interfaces of the host cannot move into the guest; remove it";
+        return Err(Error::unsupported("linux.netDevices", reason));
+    }
+    Ok(())
+}
+
+fn namespaces(linux: &Linux) -> Result<Namespaces> {
+    let mut found = Namespaces::default();
+    let mut seen = Vec::new();
+    let mut network = false;
+    for (index, namespace) in linux.namespaces().iter().flatten().enumerate() {
+        let field = format!("linux.namespaces[{index}]");
+        let kind = namespace.typ();
+        if seen.contains(&kind) {
+            return Err(Error::invalid(
+                format!("{field}.type"),
+                format!("{kind} is given twice"),
+            ));
+        }
+        seen.push(kind);
+        let path = namespace
+            .path()
+            .as_ref()
+            .filter(|path| !path.as_os_str().is_empty());
+        if kind == LinuxNamespaceType::Network {
+            network = true;
+            if path.is_some() {
+                // The host has mirrored that namespace into the guest's own.
+                continue;
+            }
+        } else if path.is_some() {
+            let reason = format!("a {kind} namespace of the host cannot be joined from the guest");
+            return Err(Error::unsupported(format!("{field}.path"), reason));
+        }
+        match kind {
+            LinuxNamespaceType::Cgroup => found.cgroup = true,
+            LinuxNamespaceType::Time => found.time = true,
+            LinuxNamespaceType::User => {
+                let reason = "user namespaces do not cross into the guest yet; remove it";
+                return Err(Error::unsupported(format!("{field}.type user"), reason));
+            }
+            _ => found.at_birth |= u64::from(kind as u32),
+        }
+    }
+    if !seen.contains(&LinuxNamespaceType::Mount) {
+        let reason = "a container needs a mount namespace of its own; add {\"type\": \"mount\"}";
+        return Err(Error::unsupported("linux.namespaces without mount", reason));
+    }
+    if !network {
+        let reason =
+            "the host's network cannot be shared with a microVM; add {\"type\": \"network\"}";
+        return Err(Error::unsupported(
+            "linux.namespaces without network",
+            reason,
+        ));
+    }
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|m| !m.is_empty());
+    if mapped(linux.uid_mappings()) || mapped(linux.gid_mappings()) {
+        let problem = "needs a user namespace, which linux.namespaces does not list";
+        return Err(Error::invalid("linux.uidMappings", problem));
+    }
+    Ok(found)
+}
+
+fn check_names(spec: &Spec, namespaces: &Namespaces) -> Result<()> {
+    if namespaces.has(libc::CLONE_NEWUTS) {
+        return Ok(());
+    }
+    for (field, name) in [
+        ("hostname", spec.hostname()),
+        ("domainname", spec.domainname()),
+    ] {
+        if name.as_ref().is_some_and(|name| !name.is_empty()) {
+            let problem = "needs a uts namespace, which linux.namespaces does not list";
+            return Err(Error::invalid(field, problem));
+        }
+    }
+    Ok(())
+}
+
+fn propagation(linux: &Linux) -> Result<(u64, bool)> {
+    match linux.rootfs_propagation().as_deref() {
+        None | Some("") => Ok((libc::MS_SLAVE, true)),
+        Some(name) => mount_options::propagation(name).ok_or_else(|| {
+            let problem = format!("{name:?} is none of private, shared, slave and unbindable");
+            Error::invalid("linux.rootfsPropagation", problem)
+        }),
+    }
+}
+
+fn absolute(field: &str, paths: Option<&[String]>) -> Result<Vec<PathBuf>> {
+    let paths = paths
+        .unwrap_or_default()
+        .iter()
+        .map(PathBuf::from)
+        .enumerate();
+    paths
+        .map(|(index, path)| {
+            if path.is_absolute() && path.file_name().is_some() {
+                return Ok(path);
+            }
+            let problem = format!(
+                "{:?} is not an absolute path below /",
+                path.display().to_string()
+            );
+            Err(Error::invalid(format!("{field}[{index}]"), problem))
+        })
+        .collect()
+}
+
+fn personality(linux: &Linux) -> Result<Option<u64>> {
+    let Some(personality) = linux.personality() else {
+        return Ok(None);
+    };
+    if personality
+        .flags()
+        .as_ref()
+        .is_some_and(|flags| !flags.is_empty())
+    {
+        let reason = "the spec defines none; remove it";
+        return Err(Error::unsupported("linux.personality.flags", reason));
+    }
+    Ok(Some(match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => 0,
+        LinuxPersonalityDomain::PerLinux32 => 8,
+    }))
+}
+
+fn time_offsets(linux: &Linux, namespaces: &Namespaces) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for (clock, offset) in linux.time_offsets().iter().flatten() {
+        let field = format!("linux.timeOffsets.{clock}");
+        if !namespaces.time {
+            let problem = "needs a time namespace, which linux.namespaces does not list";
+            return Err(Error::invalid(field, problem));
+        }
+        if clock != "monotonic" && clock != "boottime" {
+            return Err(Error::invalid(field, "is neither monotonic nor boottime"));
+        }
+        let seconds = offset.secs().unwrap_or(0);
+        lines.push(format!(
+            "{clock} {seconds} {}\n",
+            offset.nanosecs().unwrap_or(0)
+        ));
+    }
+    Ok(lines)
+}
+
+fn start_hooks(hooks: Option<&Hooks>) -> Result<Vec<Hook>> {
+    let Some(hooks) = hooks else {
+        return Ok(Vec::new());
+    };
+    // prestart, createRuntime, poststart and poststop run on the host: not this side's matter.
+    if hooks
+        .create_container()
+        .as_ref()
+        .is_some_and(|h| !h.is_empty())
+    {
+        let reason = "their programs lie on the host, which the guest does not see; \
+                      use createRuntime (host) or startContainer (container)";
+        return Err(Error::unsupported("hooks.createContainer", reason));
+    }
+    let hooks = hooks.start_container().clone().unwrap_or_default();
+    for (index, hook) in hooks.iter().enumerate() {
+        let field = format!("hooks.startContainer[{index}]");
+        if !hook.path().is_absolute() {
+            return Err(Error::invalid(
+                format!("{field}.path"),
+                "is not an absolute path",
+            ));
+        }
+        if hook.timeout().is_some_and(|timeout| timeout <= 0) {
+            return Err(Error::invalid(
+                format!("{field}.timeout"),
+                "is not more than 0",
+            ));
+        }
+    }
+    Ok(hooks)
+}

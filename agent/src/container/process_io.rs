@@ -1,0 +1,54 @@
+//! The standard streams of a process as its own side sees them: pipes, or a terminal.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+
+use rustix::{
+    fs::{FileType, Gid, Uid, fchown, fstat},
+    process::ioctl_tiocsctty,
+    stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
+};
+
+use crate::error::{Attempt, Result};
+
+/// Standard input, output and error; none of them with a terminal, which the process opens itself.
+#[derive(Debug)]
+pub enum ChildIo {
+    /// Ends of pipes, or /dev/null.
+    Streams([OwnedFd; 3]),
+    /// See [`super::terminal`].
+    Terminal,
+}
+
+impl ChildIo {
+    /// For the list of descriptors that stay open.
+    pub fn raw(&self) -> Vec<RawFd> {
+        match self {
+            Self::Streams(streams) => streams.iter().map(AsRawFd::as_raw_fd).collect(),
+            Self::Terminal => Vec::new(),
+        }
+    }
+
+    /// Makes them the standard streams of this process, which leads a session.
+    pub fn install(&self, terminal: Option<OwnedFd>, uid: u32, gid: u32) -> Result<()> {
+        let action = || "set up the standard streams";
+        let [stdin, stdout, stderr] = match (self, &terminal) {
+            (Self::Streams(streams), _) => [&streams[0], &streams[1], &streams[2]],
+            (Self::Terminal, Some(terminal)) => {
+                ioctl_tiocsctty(terminal.as_fd()).or_cannot(action)?;
+                [terminal; 3]
+            }
+            (Self::Terminal, None) => return Ok(()),
+        };
+        for stream in [stdin, stdout, stderr] {
+            // The process's user must be able to open /dev/stdout, which leads to the pipe.
+            let mode = fstat(stream).or_cannot(action)?.st_mode;
+            if FileType::from_raw_mode(mode) == FileType::Fifo {
+                fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+                    .or_cannot(action)?;
+            }
+        }
+        dup2_stdin(stdin).or_cannot(action)?;
+        dup2_stdout(stdout).or_cannot(action)?;
+        dup2_stderr(stderr).or_cannot(action)
+    }
+}
