@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod guest_io;
+pub(crate) mod guest_view;
 
 use std::fs::File;
 use std::io;

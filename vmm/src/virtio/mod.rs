@@ -8,6 +8,7 @@
 pub mod blk;
 pub mod chain;
 pub mod config_space;
+pub mod fs;
 pub mod interrupt;
 pub mod mmio;
 pub mod mmio_state;

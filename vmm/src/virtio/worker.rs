@@ -44,6 +44,16 @@ impl Poll {
         self.control(ControlOperation::Add, fd, token, events)
     }
 
+    /// Starts to watch an event, such as a queue's notification. The handler reads it when it comes.
+    pub fn add_event(&self, event: &EventFd, token: u64) -> io::Result<()> {
+        if token == STOP {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let watched = EpollEvent::new(EventSet::IN, token);
+        self.0
+            .ctl(ControlOperation::Add, event.as_raw_fd(), watched)
+    }
+
     /// Changes what a watched descriptor is watched for.
     pub fn modify(&self, fd: BorrowedFd<'_>, token: u64, events: EventSet) -> io::Result<()> {
         self.control(ControlOperation::Modify, fd, token, events)

@@ -1,0 +1,174 @@
+//! The file system device as its transport sees it: configuration space, activation, state.
+
+use std::io;
+use std::sync::Arc;
+
+use tracing::warn;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::Queue;
+
+use super::handler::FilesystemHandler;
+use super::log;
+use super::request::{PRIVATE_SIZE, Requests};
+use super::server::{self, FileServer, Share};
+use crate::sys::guest_view::GuestView;
+use crate::threads::Role;
+use crate::virtio::config_space;
+use crate::virtio::rate_limit::RateLimit;
+use crate::virtio::state::FilesystemState;
+use crate::virtio::worker::Worker;
+use crate::virtio::{ActivateError, Activation, DeviceKind, DeviceState, StateError, VirtioDevice};
+
+/// Urgent requests, and all others. Linux makes requests no longer than the queue, in pages: this
+/// is enough for the largest, 1 MiB.
+const QUEUE_SIZES: [u16; 2] = [128, 512];
+/// Bytes of the tag in the configuration space (virtio 1.2 §5.11.4).
+const TAG_SIZE: usize = 36;
+const CONFIG_SIZE: usize = TAG_SIZE + 4;
+
+/// Why there is no file system device.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesystemError {
+    /// The tag does not fit the configuration space.
+    #[error("the share's tag {tag:?} must have 1 to 36 bytes and no NUL")]
+    Tag {
+        /// As configured.
+        tag: String,
+    },
+    /// The file server could not be made.
+    #[error("cannot serve the share {tag:?}")]
+    Server {
+        /// The share's tag.
+        tag: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A virtio-fs device.
+pub struct Filesystem {
+    tag: String,
+    config: [u8; CONFIG_SIZE],
+    server: Arc<FileServer>,
+    worker: Option<Worker<FilesystemHandler>>,
+    /// State was saved or restored: the server goes on with it at the next activation.
+    keep_state: bool,
+}
+
+impl Filesystem {
+    /// The guest mounts the share by its tag.
+    pub fn new(tag: &str, share: Share) -> Result<Self, FilesystemError> {
+        let bytes = tag.as_bytes();
+        if bytes.is_empty() || bytes.len() > TAG_SIZE || bytes.contains(&0) {
+            return Err(FilesystemError::Tag { tag: tag.into() });
+        }
+        let mut config = [0; CONFIG_SIZE];
+        config[..bytes.len()].copy_from_slice(bytes);
+        // num_request_queues
+        config[TAG_SIZE] = 1;
+        log::install();
+        let server = server::new(share).map_err(|source| FilesystemError::Server {
+            tag: tag.into(),
+            source,
+        })?;
+        Ok(Self {
+            tag: tag.into(),
+            config,
+            server: Arc::new(server),
+            worker: None,
+            keep_state: false,
+        })
+    }
+}
+
+impl VirtioDevice for Filesystem {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Filesystem
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        config_space::read(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if !std::mem::take(&mut self.keep_state) {
+            // A driver that starts anew knows no inode and has no file open.
+            self.server.destroy();
+        }
+        let backend = |source| ActivateError::Backend {
+            what: format!("memory for the share {:?}", self.tag),
+            source,
+        };
+        let memory = GuestView::of(&activation.memory, PRIVATE_SIZE).map_err(backend)?;
+        let requests = Requests::new().map_err(|error| backend(io::Error::other(error)))?;
+        let handler = FilesystemHandler {
+            memory,
+            queues: activation.queues,
+            interrupt: activation.interrupt.clone(),
+            server: self.server.clone(),
+            requests,
+            settled: false,
+            log: RateLimit::default(),
+        };
+        let worker = Worker::spawn(Role::Filesystem, handler, activation.interrupt)?;
+        self.worker = Some(worker);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Queue> {
+        let Some(worker) = self.worker.take() else {
+            return Vec::new();
+        };
+        let Some(handler) = worker.stop() else {
+            warn!(tag = self.tag, "the thread of the share has panicked");
+            return Vec::new();
+        };
+        handler
+            .queues
+            .into_iter()
+            .map(|active| active.queue)
+            .collect()
+    }
+
+    fn save(&mut self) -> Result<DeviceState, StateError> {
+        let server = server::save(&self.server).map_err(|source| StateError::Server {
+            what: "save the file server's state",
+            source,
+        })?;
+        self.keep_state = true;
+        Ok(DeviceState::Filesystem(FilesystemState {
+            tag: self.tag.clone(),
+            server,
+        }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Filesystem(state) = state else {
+            return Err(StateError::WrongDevice {
+                expected: self.kind(),
+                found: state.kind(),
+            });
+        };
+        if state.tag != self.tag {
+            return Err(StateError::Mismatch(format!(
+                "the share was {:?}, it is {:?}",
+                state.tag, self.tag
+            )));
+        }
+        server::restore(&self.server, &state.server).map_err(|source| StateError::Server {
+            what: "restore the file server's state",
+            source,
+        })?;
+        self.keep_state = true;
+        Ok(())
+    }
+}

@@ -1,0 +1,202 @@
+//! A FUSE request in private memory. The library trusts names: it hands them to system calls that
+//! would walk through `/` and `..` out of the share. They are checked here, on a copy that the guest
+//! cannot change any more; the bulk of long requests (data to write) stays where it is.
+
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtiofsd::descriptor_utils::Reader;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+
+use crate::sys::guest_view::{GuestView, PRIVATE};
+use crate::virtio::chain::{Chain, ChainError};
+
+/// Bytes of `struct fuse_in_header`.
+const HEADER_SIZE: usize = 40;
+/// Bytes of a request that are copied. The longest request with names is a symbolic link: two
+/// names, its target and extensions.
+const COPIED: usize = 8192;
+/// Descriptors of the private chain: the copy and what stays in guest memory.
+const DESCRIPTORS: u16 = 1024;
+
+// Where things are in private memory.
+const TABLE: GuestAddress = PRIVATE;
+const AVAILABLE: GuestAddress = GuestAddress(TABLE.0 + 16 * DESCRIPTORS as u64);
+const COPY: GuestAddress = GuestAddress(AVAILABLE.0 + 4096);
+/// Bytes of private memory that this uses.
+pub(super) const PRIVATE_SIZE: usize = 16 * DESCRIPTORS as usize + 4096 + COPIED;
+
+const FLAG_NEXT: u16 = 1;
+
+/// Makes private requests, one at a time.
+pub(super) struct Requests {
+    queue: Queue,
+    available: u16,
+}
+
+/// What is known of a request before the library sees it.
+pub(super) struct Request<'m> {
+    pub(super) reader: Reader<'m>,
+    /// The field `unique`, which the answer repeats.
+    pub(super) unique: [u8; 8],
+    /// Whether the library may see it.
+    pub(super) acceptable: bool,
+}
+
+impl Requests {
+    pub(super) fn new() -> Result<Self, virtio_queue::Error> {
+        let mut queue = Queue::new(DESCRIPTORS)?;
+        queue.try_set_desc_table_address(TABLE)?;
+        queue.try_set_avail_ring_address(AVAILABLE)?;
+        queue.set_ready(true);
+        Ok(Self {
+            queue,
+            available: 0,
+        })
+    }
+
+    /// Copies a request of the guest. Each descriptor is read once.
+    pub(super) fn take<'m>(
+        &mut self,
+        memory: &'m GuestView,
+        chain: Chain<'_>,
+        queue_size: u16,
+    ) -> Result<Request<'m>, TakeError> {
+        let segments = segments(memory.original(), chain, queue_size)?;
+        let mut copy = [0; COPIED];
+        let (copied, rest) = copy_out(memory.original(), &segments, &mut copy)?;
+        let copy = &copy[..copied];
+        let header = copy
+            .first_chunk::<HEADER_SIZE>()
+            .ok_or(ChainError::TooShort)?;
+        let reader = self.reader(memory.with_private(), copy, &rest)?;
+        Ok(Request {
+            reader,
+            unique: std::array::from_fn(|i| header[8 + i]),
+            acceptable: names_are_plain(header, copy),
+        })
+    }
+
+    /// A reader of the copy and then of what stays in guest memory.
+    fn reader<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap<BitmapMmapRegion>,
+        copy: &[u8],
+        rest: &[(GuestAddress, u32)],
+    ) -> Result<Reader<'m>, TakeError> {
+        memory.write_slice(copy, COPY)?;
+        let length = u32::try_from(copy.len()).map_err(|_| ChainError::TooLong)?;
+        let all = std::iter::once((COPY, length)).chain(rest.iter().copied());
+        for (index, (address, length)) in (0u16..).zip(all) {
+            let more = usize::from(index) < rest.len();
+            let flags = if more { FLAG_NEXT } else { 0 };
+            let next = if more { index + 1 } else { 0 };
+            let descriptor = Descriptor::new(address.raw_value(), length, flags, next);
+            let at = TABLE.unchecked_add(16 * u64::from(index));
+            memory.write_obj(RawDescriptor::from(descriptor), at)?;
+        }
+        // Every entry of the ring names the first descriptor: they are zero from the beginning.
+        self.available = self.available.wrapping_add(1);
+        memory.write_obj(self.available, AVAILABLE.unchecked_add(2))?;
+        let chain = self.queue.iter(memory)?.next();
+        let chain = chain.ok_or(ChainError::Broken)?;
+        Ok(Reader::new(memory, chain)?)
+    }
+}
+
+/// Why a request could not be taken.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TakeError {
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error("copy a request")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    #[error("make the private queue")]
+    Queue(#[from] virtio_queue::Error),
+    #[error("read a request")]
+    Reader(#[from] virtiofsd::descriptor_utils::Error),
+}
+
+/// The device-readable buffers of a chain, each in guest memory.
+fn segments(
+    memory: &GuestMemoryMmap,
+    chain: Chain<'_>,
+    queue_size: u16,
+) -> Result<Vec<(GuestAddress, u32)>, ChainError> {
+    let mut segments = Vec::new();
+    let mut count = 0;
+    for descriptor in chain {
+        count += 1;
+        if count > queue_size {
+            return Err(ChainError::TooLong);
+        }
+        if descriptor.is_write_only() || descriptor.len() == 0 {
+            continue;
+        }
+        let (address, length) = (descriptor.addr(), descriptor.len());
+        let inside = usize::try_from(length).is_ok_and(|size| memory.check_range(address, size));
+        if !inside {
+            return Err(ChainError::OutsideMemory {
+                address: address.raw_value(),
+                length,
+            });
+        }
+        segments.push((address, length));
+    }
+    Ok(segments)
+}
+
+/// Copies the first bytes; gives how many, and the segments that are left.
+fn copy_out(
+    memory: &GuestMemoryMmap,
+    segments: &[(GuestAddress, u32)],
+    copy: &mut [u8],
+) -> Result<(usize, Vec<(GuestAddress, u32)>), vm_memory::GuestMemoryError> {
+    let mut done = 0;
+    let mut rest = Vec::new();
+    for (address, length) in segments {
+        let room = u32::try_from(copy.len() - done).unwrap_or(u32::MAX);
+        let part = room.min(*length);
+        let end = done + usize::try_from(part).unwrap_or(0);
+        memory.read_slice(&mut copy[done..end], *address)?;
+        done = end;
+        if part < *length {
+            rest.push((address.unchecked_add(u64::from(part)), length - part));
+        }
+    }
+    Ok((done, rest))
+}
+
+/// Whether every name in the request is the name of an entry of a directory: no path, not `.` or
+/// `..`. A request whose names are not in the copy is not acceptable either.
+fn names_are_plain(header: &[u8; HEADER_SIZE], copy: &[u8]) -> bool {
+    let opcode = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
+    // Bytes between the header and the first name, and how many names follow.
+    let (fixed, count) = match opcode {
+        // LOOKUP, SYMLINK (whose target may be anything), UNLINK, RMDIR
+        1 | 6 | 10 | 11 => (0, 1),
+        // MKNOD, CREATE
+        8 | 35 => (16, 1),
+        // MKDIR, LINK
+        9 | 13 => (8, 1),
+        // RENAME, RENAME2
+        12 => (8, 2),
+        45 => (16, 2),
+        // No names, or ones that no system call takes for a path (TMPFILE, extended attributes).
+        _ => return true,
+    };
+    let mut names = copy
+        .get(HEADER_SIZE + fixed..)
+        .unwrap_or_default()
+        .split(|byte| *byte == 0);
+    let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    // The library takes as much as the header says.
+    let whole = usize::try_from(length).is_ok_and(|length| length <= copy.len());
+    whole
+        && (0..count).all(|_| {
+            names.next().is_some_and(|name| {
+                !name.is_empty() && !name.contains(&b'/') && name != b"." && name != b".."
+            })
+        })
+}

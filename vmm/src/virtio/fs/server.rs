@@ -1,0 +1,123 @@
+//! The file server: what it may do and how it answers, and its state as bytes.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use rustix::fs::{MemfdFlags, Mode, memfd_create};
+use rustix::process::{Resource, getrlimit, setrlimit, umask};
+use virtiofsd::filesystem::SerializableFileSystem;
+use virtiofsd::passthrough::{
+    CachePolicy, Config, InodeFileHandlesMode, MigrationMode, MigrationOnError, NegotiationMode,
+    PassthroughFs,
+};
+use virtiofsd::server::Server;
+
+/// How long the guest may believe what it knows of a name or an inode. What the host changes is
+/// seen after this at the latest.
+const VALIDITY: Duration = Duration::from_secs(1);
+/// Descriptors kept for the rest of the process: vsock connections, disks, vCPUs, events.
+const RESERVED_FILES: u64 = 2048;
+/// Descriptors that the guest may always have.
+const LEAST_FILES: u64 = 1024;
+/// More than any snapshot of a server's state has a use for.
+const MOST_STATE: u64 = 256 << 20;
+
+/// What is served.
+#[derive(Debug)]
+pub struct Share {
+    /// The directory that becomes the guest's root of the share, as the process sees it.
+    pub root: PathBuf,
+    /// `/proc/self/fd` of this process, opened with O_PATH before the jail hides it: files are
+    /// opened for use through it.
+    pub proc_self_fd: File,
+}
+
+/// The file server.
+pub(super) type FileServer = Server<PassthroughFs>;
+
+/// Makes the server. The limit on open files is raised as far as the process may; every inode that
+/// the guest knows holds one.
+pub(super) fn new(share: Share) -> io::Result<FileServer> {
+    let root_dir = share.root.into_os_string().into_string().map_err(|path| {
+        let message = format!("the path {} is not UTF-8", path.display());
+        io::Error::new(io::ErrorKind::InvalidInput, message)
+    })?;
+    let files = raise_open_files()?;
+    let config = Config {
+        root_dir,
+        proc_sfd_rawfd: Some(share.proc_self_fd),
+        guest_fd_limit: files.saturating_sub(RESERVED_FILES).max(LEAST_FILES),
+        ..settings()
+    };
+    // The library clears the mask of the whole process: only the server's thread shall have that.
+    let mask = umask(Mode::empty());
+    let server = PassthroughFs::new(config).map(Server::new);
+    umask(mask);
+    server
+}
+
+/// Settings that do not depend on what is shared; docs/decisions/0001 has the reasons.
+fn settings() -> Config {
+    Config {
+        entry_timeout: VALIDITY,
+        attr_timeout: VALIDITY,
+        // Pages outlive an open. With AUTO_INVAL_DATA, which the library negotiates, the guest
+        // drops them when it sees that a file has changed.
+        cache_policy: CachePolicy::Always,
+        writeback: false,
+        xattr: true,
+        posix_acl: NegotiationMode::Auto,
+        killpriv_v2: true,
+        announce_submounts: true,
+        readdirplus: true,
+        // Opening by handle needs CAP_DAC_READ_SEARCH, with which a process that is broken into
+        // could open any file of the file systems that it sees a part of.
+        inode_file_handles: InodeFileHandlesMode::Never,
+        migration_mode: MigrationMode::FindPaths,
+        migration_confirm_paths: true,
+        // A file that is gone is an error to who uses it, not a reason to lose the snapshot.
+        migration_on_error: MigrationOnError::GuestError,
+        ..Config::default()
+    }
+}
+
+/// The server's state: the inodes that the guest knows, by path, and its open files.
+pub(super) fn save(server: &FileServer) -> io::Result<Vec<u8>> {
+    server.prepare_serialization(Arc::new(AtomicBool::new(false)));
+    let mut file = memory_file()?;
+    server.serialize(file.try_clone()?)?;
+    file.seek(SeekFrom::Start(0))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Puts the state back; files are found by their paths.
+pub(super) fn restore(server: &FileServer, bytes: &[u8]) -> io::Result<()> {
+    if bytes.len() as u64 > MOST_STATE {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    let mut file = memory_file()?;
+    file.write_all(bytes)?;
+    file.seek(SeekFrom::Start(0))?;
+    server.deserialize_and_apply(file)
+}
+
+fn memory_file() -> io::Result<File> {
+    Ok(memfd_create("file server", MemfdFlags::CLOEXEC)?.into())
+}
+
+/// Gives the limit that then holds.
+fn raise_open_files() -> io::Result<u64> {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        setrlimit(Resource::Nofile, limit)?;
+    }
+    // No limit is `None`.
+    Ok(limit.current.unwrap_or(u64::MAX))
+}
