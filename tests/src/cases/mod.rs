@@ -2,6 +2,7 @@
 //! crun and runc too, which proves the tests; those marked `vm` are about Bulkhead alone.
 
 mod bad_input;
+mod broken_host;
 mod crash;
 mod exec;
 mod host;
@@ -53,6 +54,7 @@ pub(crate) fn all() -> Vec<Case> {
         volumes::cases(),
         host::cases(),
         bad_input::cases(),
+        broken_host::cases(),
         vm::cases(),
         crash::cases(),
     ]
