@@ -18,6 +18,7 @@ use crate::machine::{Assembly, Machine, MachineError};
 use crate::opened::{OpenError, Opened, Sockets};
 use crate::sys;
 use crate::virtio::blk::Block;
+use crate::virtio::fs::{Filesystem, FilesystemError, Share};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
 
@@ -42,6 +43,9 @@ pub enum MonitorError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The virtio-fs device.
+    #[error(transparent)]
+    Filesystem(#[from] FilesystemError),
     /// KVM could not go on with the guest.
     #[error("the guest was ended: {0}")]
     Broken(String),
@@ -120,6 +124,11 @@ fn build(
     }
     for (index, disk) in (0..).zip(disks) {
         assembly.add_device(Box::new(Block::new(index, disk)))?;
+    }
+    if let Some(config) = &config.share {
+        let root = jail::SHARE.into();
+        let share = Share { root, proc_self_fd: descriptors };
+        assembly.add_device(Box::new(Filesystem::new(&config.tag, share)?))?;
     }
     if let Some((guest_cid, listener)) = sockets {
         let vsock = Vsock::new(guest_cid, listener, Path::new(jail::SOCKETS))?;
