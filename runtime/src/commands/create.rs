@@ -1,0 +1,164 @@
+//! `create`: makes a container whose process waits for `start`, with a monitor of its own.
+
+use std::{os::fd::AsFd, path::Path};
+
+use super::{Context, Error, write_pid_file};
+use crate::{
+    cli::Create,
+    lifecycle,
+    monitor::{self, ContainerOrder, Order},
+    spec::{
+        Loaded,
+        check::{self, Checked},
+    },
+    state::{Container, ProcessIdentity, Record},
+    stdio::{Console, TerminalError, send_master},
+};
+
+pub(super) fn create(context: &Context, options: &Create) -> Result<u8, Error> {
+    let (loaded, checked) = prepare(context, options)?;
+    if checked.terminal && options.console_socket.is_none() {
+        return Err(Error::Usage(
+            "cannot allocate tty if runc will detach without setting console socket (give \
+             --console-socket, or set process.terminal to false)"
+                .to_owned(),
+        ));
+    }
+    if !checked.terminal && options.console_socket.is_some() {
+        return Err(Error::Usage(
+            "cannot use console socket if runc will not detach or allocate tty (process.terminal \
+             is false)"
+                .to_owned(),
+        ));
+    }
+    create_detached(context, options, &loaded, &checked)?;
+    Ok(0)
+}
+
+/// Reads and judges the configuration.
+pub(super) fn prepare(context: &Context, options: &Create) -> Result<(Loaded, Checked), Error> {
+    if options.preserve_fds > 0 {
+        return Err(Error::Option {
+            option: "--preserve-fds above 0",
+            reason: "a process in a guest cannot use descriptors of the host",
+        });
+    }
+    if options.no_pivot {
+        tracing::warn!("--no-pivot is ignored: the root is entered inside the guest");
+    }
+    let loaded = Loaded::read(&options.bundle)?;
+    loaded.judge_unknown(context.global.strict)?;
+    let checked = check::check(&loaded)?;
+    Ok((loaded, checked))
+}
+
+/// Makes the container's directory with a record in it.
+pub(super) fn record(
+    context: &Context,
+    id: &str,
+    loaded: &Loaded,
+    checked: &Checked,
+    monitor: Option<ProcessIdentity>,
+) -> Result<Container, Error> {
+    let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
+    let mut record = Record::new(id, &loaded.bundle, loaded.spec.version(), own);
+    record.rootfs.clone_from(&checked.rootfs);
+    record.created = crate::time::now_precise();
+    record.owner = owner();
+    record.monitor = monitor;
+    let annotations = loaded.spec.annotations().clone().unwrap_or_default();
+    record.annotations = annotations.into_iter().collect();
+    let container = context.root.create(id)?;
+    container.lock()?.write(&record)?;
+    container.write_config(&loaded.bytes)?;
+    Ok(container)
+}
+
+/// The name of the user who calls, as far as the user database's file tells.
+fn owner() -> String {
+    let uid = rustix::process::getuid().as_raw().to_string();
+    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1) == Some(uid.as_str())).then(|| name.to_owned())
+    });
+    name.unwrap_or(uid)
+}
+
+/// What the monitor is told.
+pub(super) fn order(
+    context: &Context,
+    options: &Create,
+    loaded: &Loaded,
+) -> Result<ContainerOrder, Error> {
+    let absolute = |path: &Option<std::path::PathBuf>| {
+        path.as_ref()
+            .map(std::path::absolute)
+            .transpose()
+            .map_err(|error| Error::Io("find the current directory", error))
+    };
+    Ok(ContainerOrder {
+        id: options.id.clone(),
+        bundle: loaded.bundle.clone(),
+        vmm: context.vmm()?,
+        kernel: context.kernel()?,
+        root_image: context.root_image(options.guest_debug)?,
+        guest_log: absolute(&options.guest_log)?,
+        timeline: absolute(&options.timeline)?,
+        began: context.began.microseconds(),
+        no_new_keyring: options.no_new_keyring,
+    })
+}
+
+/// Creates the container with a monitor that outlives this command.
+pub(super) fn create_detached(
+    context: &Context,
+    options: &Create,
+    loaded: &Loaded,
+    checked: &Checked,
+) -> Result<Container, Error> {
+    let container = record(context, &options.id, loaded, checked, None)?;
+    let created = hand_over(context, options, loaded, &container);
+    if created.is_err()
+        && let Err(error) = lifecycle::destroy(&container)
+    {
+        tracing::error!("cannot clean up: {}", crate::error::chain(&error));
+    }
+    created.map(|()| container)
+}
+
+fn hand_over(
+    context: &Context,
+    options: &Create,
+    loaded: &Loaded,
+    container: &Container,
+) -> Result<(), Error> {
+    let order = Order::Container(order(context, options, loaded)?);
+    let mut monitor = monitor::spawn(&context.monitor_options()?)?;
+    let identity = ProcessIdentity::of(monitor.pid())
+        .map_err(|error| Error::Io("identify the monitor process", error))?;
+    {
+        let locked = container.lock()?;
+        let mut record = container.record()?;
+        record.monitor = Some(identity);
+        locked.write(&record)?;
+    }
+    let console = options.console_socket.as_deref().map(console).transpose()?;
+    monitor.order(&order, console.as_ref().map(Console::slave))?;
+    drop(console);
+    monitor.outcome()?;
+    if let Some(path) = &options.pid_file {
+        write_pid_file(path, identity.pid)?;
+    }
+    Ok(())
+}
+
+/// A terminal whose master goes to the socket at once, so that whoever waits for it can begin.
+pub(super) fn console(socket: &Path) -> Result<Console, TerminalError> {
+    let (console, master) = Console::make()?;
+    send_master(socket, master)?;
+    // Kept open by the slave's holder only: the master is the receiver's now.
+    let _ = console.slave().as_fd();
+    Ok(console)
+}

@@ -1,0 +1,91 @@
+//! `run`: create and start in one, and, unless detached, stand for the process until it ends.
+
+use std::time::Duration;
+
+use super::{Context, Error, create, monitor::START_VM, start, write_pid_file};
+use crate::{
+    cli::Run,
+    lifecycle,
+    monitor::{Screen, launch},
+    spec::{Loaded, check::Checked},
+    state::{Container, ProcessIdentity},
+    stdio::{RawTerminal, Signals},
+    wait::Deadline,
+};
+
+pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
+    let (loaded, checked) = create::prepare(context, &options.create)?;
+    let socket = options.create.console_socket.is_some();
+    if options.detach && checked.terminal && !socket {
+        return Err(Error::Usage(
+            "cannot allocate tty if runc will detach without setting console socket (give \
+             --console-socket, or set process.terminal to false)"
+                .to_owned(),
+        ));
+    }
+    if socket && !(options.detach && checked.terminal) {
+        return Err(Error::Usage(
+            "cannot use console socket if runc will not detach or allocate tty".to_owned(),
+        ));
+    }
+    if options.detach {
+        let container = create::create_detached(context, &options.create, &loaded, &checked)?;
+        let started = start::start_container(&container);
+        if started.is_err() {
+            clean_up(&container);
+        }
+        return started.map(|()| 0);
+    }
+    let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
+    let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
+    let container = create::record(context, &options.create.id, &loaded, &checked, Some(own))?;
+    let result = attached(
+        context,
+        options,
+        (&loaded, &checked),
+        &container,
+        &mut signals,
+    );
+    if !options.keep || result.is_err() {
+        clean_up(&container);
+    }
+    result.map(|status| u8::try_from(status).unwrap_or(255))
+}
+
+/// Being the monitor ourselves.
+fn attached(
+    context: &Context,
+    options: &Run,
+    (loaded, checked): (&Loaded, &Checked),
+    container: &Container,
+    signals: &mut Signals,
+) -> Result<i32, Error> {
+    let order = create::order(context, &options.create, loaded)?;
+    let screen = checked
+        .terminal
+        .then(RawTerminal::enter)
+        .transpose()?
+        .map(Screen::Own);
+    let mut sandbox = launch(
+        &order,
+        (loaded, checked),
+        container,
+        START_VM,
+        signals,
+        screen,
+    )?;
+    if let Some(path) = &options.create.pid_file {
+        write_pid_file(path, std::process::id())?;
+    }
+    start::record_started(container, || {
+        Ok(sandbox.start(Deadline::after(Duration::from_secs(60)))?)
+    })?;
+    start::poststart(container)?;
+    Ok(sandbox.supervise(signals))
+}
+
+fn clean_up(container: &Container) {
+    if let Err(error) = lifecycle::destroy(container) {
+        tracing::error!("cannot clean up: {}", crate::error::chain(&error));
+    }
+}

@@ -1,0 +1,454 @@
+//! Makes the sandbox of a container: from a configuration that was read to a process that waits
+//! to be let run. The VM's program is started first and boots while the rest is prepared. If
+//! anything fails the VM is ended; what is on disk is left to the caller to remove.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bulkhead_agent_protocol::{
+    Greeting, SHARE_TAG,
+    messages::{
+        CreateContainerRequest, CreateContainerResponse, SetUpSandboxRequest, SetUpSandboxResponse,
+        Stdio,
+    },
+};
+use bulkhead_vmm::config::{DiskConfig, ShareConfig, VmCommand, VmConfig, VmEvent, VsockConfig};
+use oci_spec::runtime::Spec;
+use rustix::event::{PollFd, PollFlags};
+use thiserror::Error;
+
+use super::{
+    attach::{Attached, Screen},
+    sandbox::{ContainerOrder, Sandbox},
+};
+use crate::{
+    agent::{
+        self, ConnectingStreams,
+        connect::{ConnectError, Connecting, ReadyListener},
+        rpc::{RpcClient, RpcError},
+    },
+    cgroup::{Cgroup, CgroupError, Limits},
+    guest_size::{self, GuestSize},
+    hooks::{self, HookError},
+    share::{self, Share},
+    spec::{Loaded, SpecError, check::Checked},
+    state::{Container, Event, ProcessIdentity, SOCKETS, StateError, VMM_LOG},
+    stdio::{Relay, Signals},
+    timeline::{Moment, Timeline},
+    vm::{Vm, VmError},
+    wait::{Deadline, poll},
+};
+
+/// The program that the guest's kernel starts.
+const INIT: &str = "/sbin/bulkhead-agent";
+/// Every guest is alone behind its own socket directory, so all have the same context id.
+const GUEST_CID: u64 = 3;
+/// From the start of the VMM until the agent's greeting. A guest is up in a fraction of a second;
+/// this is for hosts that are emulated or badly overloaded.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// For one request to the agent.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// A sandbox could not be made.
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// The VM failed.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The configuration asks for what cannot be.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The state directory failed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The host's cgroup failed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The guest could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A hook failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// The agent refused; the beginning is runc's words, which its callers look for.
+    #[error("unable to start container process")]
+    Agent(#[source] RpcError),
+    /// The guest did not come up.
+    #[error(
+        "the guest did not come up within {} s; `bulkhead check` tells whether this host can run \
+         guests, --guest-log FILE shows what the guest's kernel says", BOOT_LIMIT.as_secs()
+    )]
+    Boot,
+    /// A file of the installation is missing.
+    #[error("cannot use the {what} {path}; give its path with {option}")]
+    Installation {
+        /// Which file.
+        what: &'static str,
+        /// Its path.
+        path: std::path::PathBuf,
+        /// The option that names another.
+        option: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The user wants to stop.
+    #[error("interrupted while the container was being created")]
+    Interrupted,
+    /// The container was deleted meanwhile.
+    #[error("container {0:?} was deleted while it was being created")]
+    Deleted(String),
+    /// The host's kernel refused something basic.
+    #[error("cannot {0}")]
+    Io(&'static str, #[source] io::Error),
+}
+
+/// Starts a VM: given the program and where its log goes.
+pub type VmStarter<'s> = &'s dyn Fn(&Path, File) -> Result<Box<dyn Vm>, VmError>;
+
+/// Makes the sandbox. `screen` is the terminal of a process that has one.
+pub fn launch<'a>(
+    order: &ContainerOrder,
+    (loaded, checked): (&Loaded, &Checked),
+    container: &'a Container,
+    start_vm: VmStarter<'_>,
+    signals: &mut Signals,
+    screen: Option<Screen>,
+) -> Result<Sandbox<'a>, LaunchError> {
+    let mut timeline = Timeline {
+        runtime_started: Moment::at(order.began),
+        ..Timeline::default()
+    };
+    check_installation(order)?;
+    let vm = start_vm(&order.vmm, container.append(VMM_LOG)?)?;
+    timeline.vmm_started = Some(Moment::now());
+    let sockets = agent::sockets(container)?;
+    let guest = guest_size::of(&loaded.spec, host_cpus());
+    let mut launch = Launch {
+        container,
+        spec: &loaded.spec,
+        vm,
+        ready: ReadyListener::bind(sockets.as_fd())?,
+        cgroup: Cgroup::locate(cgroups_path(&loaded.spec), &order.id)?,
+        limits: Limits::of(&loaded.spec, guest),
+        signals,
+        timeline,
+    };
+    let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
+    launch
+        .vm
+        .configure(&vm_config(order, container.path(), guest, &share))?;
+    launch.record_cgroup()?;
+    launch.boot()?;
+    launch.create_hooks()?;
+    let (rpc, relay) = launch.create_container(
+        order,
+        &loaded.bytes,
+        &share,
+        sockets.as_fd(),
+        screen.as_ref(),
+    )?;
+    launch.cgroup.limit_cpu_time(&launch.limits)?;
+    launch.record_created()?;
+    launch.timeline.container_created = Some(Moment::now());
+    Ok(Sandbox {
+        container,
+        vm: launch.vm,
+        process: Attached::new(rpc, &order.id, "", relay, screen).map_err(LaunchError::Agent)?,
+        timeline: launch.timeline,
+        timeline_file: order.timeline.clone(),
+    })
+}
+
+fn check_installation(order: &ContainerOrder) -> Result<(), LaunchError> {
+    let files = [
+        ("guest kernel", &order.kernel, "--kernel"),
+        ("guest root image", &order.root_image, "--root-image"),
+    ];
+    for (what, path, option) in files {
+        File::open(path).map_err(|source| LaunchError::Installation {
+            what,
+            path: path.clone(),
+            option,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn host_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn cgroups_path(spec: &Spec) -> Option<&Path> {
+    spec.linux()
+        .as_ref()
+        .and_then(|linux| linux.cgroups_path().as_deref())
+}
+
+fn vm_config(
+    order: &ContainerOrder,
+    directory: &Path,
+    guest: GuestSize,
+    share: &Share,
+) -> VmConfig {
+    VmConfig {
+        kernel: order.kernel.clone(),
+        kernel_arguments: Vec::new(),
+        init: INIT.to_owned(),
+        cpus: guest.cpus,
+        memory_mib: guest.memory_mib,
+        disks: vec![DiskConfig {
+            path: order.root_image.clone(),
+            read_only: true,
+        }],
+        share: Some(ShareConfig {
+            tag: SHARE_TAG.to_owned(),
+            entries: share.entries.clone(),
+        }),
+        vsock: Some(VsockConfig {
+            guest_cid: GUEST_CID,
+            directory: directory.join(SOCKETS),
+        }),
+        guest_log: order.guest_log.clone(),
+        network_namespace: None,
+    }
+}
+
+struct Launch<'l, 'a> {
+    container: &'a Container,
+    spec: &'l Spec,
+    vm: Box<dyn Vm>,
+    ready: ReadyListener,
+    cgroup: Cgroup,
+    limits: Limits,
+    signals: &'l mut Signals,
+    timeline: Timeline,
+}
+
+impl Launch<'_, '_> {
+    /// Changes the record, unless the container has been deleted meanwhile.
+    fn record(&self, change: impl FnOnce(&mut crate::state::Record)) -> Result<(), LaunchError> {
+        let deleted = |error| match error {
+            StateError::Missing(id) | StateError::Incomplete(id) => LaunchError::Deleted(id),
+            error => LaunchError::State(error),
+        };
+        let locked = self.container.lock().map_err(deleted)?;
+        let mut record = self.container.record().map_err(deleted)?;
+        change(&mut record);
+        locked.write(&record)?;
+        Ok(())
+    }
+
+    fn record_cgroup(&self) -> Result<(), LaunchError> {
+        let directories = self.cgroup.directories();
+        self.record(|record| record.cgroups = directories)?;
+        Ok(self.cgroup.make(&self.limits)?)
+    }
+
+    fn record_created(&self) -> Result<(), LaunchError> {
+        self.record(|record| {
+            if let Some(next) = record.status.next(Event::Created) {
+                record.status = next;
+            }
+        })
+    }
+
+    /// From the configured VM to the agent's greeting.
+    fn boot(&mut self) -> Result<(), LaunchError> {
+        let deadline = Deadline::after(BOOT_LIMIT);
+        let mut greeting: Option<Greeting> = None;
+        let mut running = false;
+        while !(running && greeting.is_some()) {
+            let control = self.vm.control();
+            let mut descriptors = [
+                PollFd::new(&control, PollFlags::IN),
+                self.signals.poll_fd(),
+                self.ready.poll_fd(),
+            ];
+            let failed = |error| LaunchError::Io("wait for the guest", error);
+            if poll(&mut descriptors, Some(deadline)).map_err(failed)? == 0 {
+                return Err(LaunchError::Boot);
+            }
+            let [event, signal, ready] = descriptors.map(|fd| !fd.revents().is_empty());
+            if signal {
+                self.judge_signals()?;
+            }
+            // Before the VM's events: its end must not hide that the guest was there.
+            if ready && greeting.is_none() {
+                greeting = self.ready.progress()?;
+                if greeting.is_some() {
+                    self.timeline.greeted = Some(Moment::now());
+                }
+            }
+            if event {
+                while let Some(event) = self.vm.next_event()? {
+                    running |= self.on_event(event)?;
+                }
+            }
+        }
+        self.timeline.greeting = greeting;
+        Ok(())
+    }
+
+    /// True when the VM runs.
+    fn on_event(&mut self, event: VmEvent) -> Result<bool, LaunchError> {
+        match event {
+            VmEvent::Forked { pid } => {
+                self.cgroup.place(pid)?;
+                let identity = ProcessIdentity::of(pid)
+                    .map_err(|error| LaunchError::Io("identify the VM's process", error))?;
+                self.record(|record| record.vmm = Some(identity))?;
+                self.vm.command(VmCommand::Go)?;
+                Ok(false)
+            }
+            VmEvent::Running { timeline } => {
+                self.timeline.vm_running = Some(Moment::at(timeline.running_us));
+                Ok(true)
+            }
+            VmEvent::Failed { .. } | VmEvent::Exited => Ok(false),
+        }
+    }
+
+    /// Until there is a process, a signal that asks to end is meant for the creation.
+    fn judge_signals(&mut self) -> Result<(), LaunchError> {
+        if self
+            .signals
+            .caught()
+            .into_iter()
+            .any(crate::stdio::Caught::asks_to_end)
+        {
+            return Err(LaunchError::Interrupted);
+        }
+        Ok(())
+    }
+
+    /// runtime-spec, "Lifecycle" 3 to 5: what hooks find is the container's sandbox, before its
+    /// root is entered.
+    fn create_hooks(&self) -> Result<(), LaunchError> {
+        let Some(hooks) = self.spec.hooks() else {
+            return Ok(());
+        };
+        let mut view = self.container.record()?.view();
+        view.status = crate::state::ContainerStatus::Creating;
+        hooks::run("prestart", hooks::prestart(hooks), &view)?;
+        hooks::run("createRuntime", hooks.create_runtime().as_deref(), &view)?;
+        Ok(())
+    }
+
+    fn create_container(
+        &mut self,
+        order: &ContainerOrder,
+        spec: &[u8],
+        share: &Share,
+        sockets: BorrowedFd<'_>,
+        screen: Option<&Screen>,
+    ) -> Result<(RpcClient, Relay), LaunchError> {
+        let deadline = Deadline::after(CALL_LIMIT);
+        // All connections are asked for before the first is waited for.
+        let rpc = Connecting::rpc(sockets)?;
+        let streams = ConnectingStreams::begin(sockets, screen.is_some())?;
+        let mut rpc = RpcClient::new(rpc.finish(deadline)?)
+            .map_err(|error| LaunchError::Io("use the connection to the agent", error))?;
+        let request = SetUpSandboxRequest {
+            realtime_ns: realtime_ns(),
+            hostname: "bulkhead".to_owned(),
+            ..Default::default()
+        };
+        let _: SetUpSandboxResponse = self.call(&mut rpc, "SetUpSandbox", &request)?;
+        let (streams, stdio) = streams.finish(deadline)?;
+        let (rows, columns) = screen.map_or((0, 0), Screen::size);
+        let request = CreateContainerRequest {
+            container_id: order.id.clone(),
+            spec: spec.to_vec(),
+            rootfs: share.rootfs.clone(),
+            bind_sources: share.bind_sources.clone(),
+            stdio: Some(Stdio {
+                rows,
+                columns,
+                ..stdio
+            })
+            .into(),
+            no_new_keyring: order.no_new_keyring,
+            ..Default::default()
+        };
+        let _: CreateContainerResponse = self.call(&mut rpc, "CreateContainer", &request)?;
+        let relay = super::exec::relay(streams, screen)
+            .map_err(|error| LaunchError::Io("use the standard streams", error))?;
+        Ok((rpc, relay))
+    }
+
+    /// Asks the agent, with an eye on the VM and on the user.
+    fn call<R: protobuf::Message>(
+        &mut self,
+        rpc: &mut RpcClient,
+        method: &'static str,
+        request: &impl protobuf::Message,
+    ) -> Result<R, LaunchError> {
+        let deadline = Deadline::after(CALL_LIMIT);
+        let call = match rpc.send(method, request) {
+            Ok(call) => call,
+            Err(error) => return Err(self.explain(error)),
+        };
+        loop {
+            loop {
+                match rpc.progress() {
+                    Ok(Some((id, answer))) if id == call => {
+                        let decoded = answer.and_then(|payload| agent::decode(method, &payload));
+                        return decoded.map_err(LaunchError::Agent);
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(error) => return Err(self.explain(error)),
+                }
+            }
+            let control = self.vm.control();
+            let mut descriptors = [
+                PollFd::new(&control, PollFlags::IN),
+                self.signals.poll_fd(),
+                agent::poll_fd(rpc),
+            ];
+            let failed = |error| LaunchError::Io("wait for the guest's agent", error);
+            if poll(&mut descriptors, Some(deadline)).map_err(failed)? == 0 {
+                return Err(LaunchError::Agent(RpcError::TimedOut(method)));
+            }
+            let [event, signal, _] = descriptors.map(|fd| !fd.revents().is_empty());
+            if event {
+                while self.vm.next_event()?.is_some() {}
+            }
+            if signal {
+                self.judge_signals()?;
+            }
+        }
+    }
+
+    /// A connection ends because the VM does: then the VM's own word is the better one.
+    fn explain(&mut self, error: RpcError) -> LaunchError {
+        let control = self.vm.control();
+        let mut descriptors = [PollFd::new(&control, PollFlags::IN)];
+        let grace = Deadline::after(Duration::from_secs(1));
+        if matches!(poll(&mut descriptors, Some(grace)), Ok(1..)) {
+            loop {
+                match self.vm.next_event() {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(reason) => return reason.into(),
+                }
+            }
+        }
+        LaunchError::Agent(error)
+    }
+}
+
+fn realtime_ns() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|time| i64::try_from(time.as_nanos()).ok())
+        .unwrap_or_default()
+}

@@ -1,0 +1,21 @@
+//! The host process that stands for a container's process (design, decision 6): it makes the
+//! sandbox, carries stdio or the terminal, forwards signals, and ends with the process's status.
+//!
+//! ```text
+//! create:  bulkhead create ──spawns──▶ bulkhead monitor ──spawns──▶ bulkhead-vmm
+//!             (records the monitor's pid, lets it go on, waits until the container is created)
+//! run:     bulkhead run is itself the monitor
+//! exec:    bulkhead exec carries the process itself, or with --detach spawns a monitor for it
+//! ```
+
+mod attach;
+mod exec;
+mod handover;
+mod launch;
+mod sandbox;
+
+pub use attach::{Attached, Screen};
+pub use exec::{ExecOrder, join};
+pub use handover::{HandoverError, Order, Outcome, Waiting, receive, report, spawn};
+pub use launch::{LaunchError, VmStarter, launch};
+pub use sandbox::{ContainerOrder, Sandbox};

@@ -1,0 +1,103 @@
+//! A container's sandbox from the monitor's side once it is there: letting the process run,
+//! standing for it, and taking everything down.
+
+use std::path::PathBuf;
+
+use bulkhead_agent_protocol::messages::{Empty, StartContainerRequest};
+use serde::{Deserialize, Serialize};
+
+use super::attach::Attached;
+use crate::{
+    agent::{self, rpc::RpcError},
+    state::{Container, Event, StateError},
+    stdio::Signals,
+    timeline::{Moment, Timeline},
+    vm::Vm,
+    wait::Deadline,
+};
+
+/// What a monitor is told to make.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerOrder {
+    /// The container's id.
+    pub id: String,
+    /// The bundle, absolute.
+    pub bundle: PathBuf,
+    /// Program of the VMM.
+    pub vmm: PathBuf,
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Guest root image.
+    pub root_image: PathBuf,
+    /// File for the guest kernel's log.
+    pub guest_log: Option<PathBuf>,
+    /// File for the timeline.
+    pub timeline: Option<PathBuf>,
+    /// When the runtime began, [`Moment::microseconds`].
+    pub began: u64,
+    /// Whether the container gets no session keyring of its own.
+    pub no_new_keyring: bool,
+}
+
+/// A container whose process waits to be let run, or runs.
+pub struct Sandbox<'a> {
+    pub(super) container: &'a Container,
+    pub(super) vm: Box<dyn Vm>,
+    pub(super) process: Attached,
+    pub(super) timeline: Timeline,
+    pub(super) timeline_file: Option<PathBuf>,
+}
+
+impl Sandbox<'_> {
+    /// Lets the container's process run; the caller writes down that it does.
+    pub fn start(&mut self, deadline: Deadline) -> Result<(), RpcError> {
+        let id = self.container.id().to_owned();
+        let request = StartContainerRequest {
+            container_id: id,
+            ..Default::default()
+        };
+        self.timeline.process_started = Some(Moment::now());
+        let rpc = self.process.rpc().ok_or(RpcError::Closed)?;
+        let _: Empty = agent::call(rpc, "StartContainer", &request, deadline)?;
+        Ok(())
+    }
+
+    /// Stands for the container's process until it has ended, then takes the VM down and writes
+    /// down how it ended. Returns the exit code.
+    pub fn supervise(mut self, signals: &mut Signals) -> i32 {
+        let status = self
+            .process
+            .run(signals, Some(&mut *self.vm))
+            .inspect_err(|error| tracing::error!("cannot wait for the container: {error}"))
+            .unwrap_or(255);
+        self.timeline.process_ended = Some(Moment::now());
+        // The container's files lie on the host, written through: nothing in the guest is left
+        // to be saved, so the machine can be switched off.
+        if let Err(error) = self.vm.stop() {
+            tracing::error!("{}", crate::error::chain(&error));
+        }
+        match record_end(self.container, status) {
+            // `delete --force` was quicker.
+            Ok(()) | Err(StateError::Missing(_)) => {}
+            Err(error) => tracing::error!("{}", crate::error::chain(&error)),
+        }
+        self.timeline.torn_down = Some(Moment::now());
+        if let Some(path) = &self.timeline_file
+            && let Err(error) = self.timeline.write(path)
+        {
+            tracing::error!("cannot write the timeline {}: {error}", path.display());
+        }
+        status
+    }
+}
+
+fn record_end(container: &Container, status: i32) -> Result<(), StateError> {
+    let locked = container.lock()?;
+    let mut record = container.record()?;
+    if let Some(next) = record.status.next(Event::Ended) {
+        record.status = next;
+    }
+    record.exit_status = Some(status);
+    locked.write(&record)
+}

@@ -1,0 +1,232 @@
+//! What of the host's file system a container's guest gets to see: its root filesystem and the
+//! sources of its bind mounts, each under the container's own directory of the share.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+};
+
+use bulkhead_vmm::config::ShareEntry;
+use oci_spec::runtime::{Mount, Spec};
+
+use crate::spec::SpecError;
+
+/// A container's part of the share.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Share {
+    /// For the VMM.
+    pub entries: Vec<ShareEntry>,
+    /// For the agent: where the root filesystem lies.
+    pub rootfs: String,
+    /// For the agent: where the source of each bind mount (index in `mounts`) lies.
+    pub bind_sources: HashMap<u32, String>,
+}
+
+/// Collects the share of a container.
+pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Share, SpecError> {
+    let rootfs_target = format!("{id}/rootfs");
+    let mut share = Share {
+        entries: vec![ShareEntry {
+            source: rootfs.to_owned(),
+            target: rootfs_target.clone(),
+            read_only: spec
+                .root()
+                .as_ref()
+                .and_then(|root| root.readonly())
+                .unwrap_or(false),
+            // Storage drivers may have put mounts below it.
+            recursive: true,
+        }],
+        rootfs: rootfs_target,
+        bind_sources: HashMap::new(),
+    };
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        if !is_bind(mount) {
+            continue;
+        }
+        let number = u32::try_from(index).map_err(|_| SpecError::Invalid {
+            field: "mounts".to_owned(),
+            reason: "there are too many".to_owned(),
+        })?;
+        let target = format!("{id}/mounts/{index}");
+        share.entries.push(ShareEntry {
+            source: bind_source(index, mount, bundle)?,
+            target: target.clone(),
+            read_only: has_option(mount, &["ro", "rro"]),
+            recursive: has_option(mount, &["rbind", "rro"]),
+        });
+        share.bind_sources.insert(number, target);
+    }
+    Ok(share)
+}
+
+/// runc takes a mount for a bind mount by its type or by its options.
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+}
+
+fn has_option(mount: &Mount, wanted: &[&str]) -> bool {
+    // Later options win over earlier ones, as for mount(8): "ro,rw" is writable.
+    let writable = mount
+        .options()
+        .iter()
+        .flatten()
+        .rfind(|option| matches!(option.as_str(), "ro" | "rro" | "rw" | "rrw"))
+        .is_some_and(|option| matches!(option.as_str(), "rw" | "rrw"));
+    mount.options().iter().flatten().any(|option| {
+        wanted.contains(&option.as_str()) && !(writable && matches!(option.as_str(), "ro" | "rro"))
+    })
+}
+
+fn bind_source(index: usize, mount: &Mount, bundle: &Path) -> Result<PathBuf, SpecError> {
+    let field = format!("mounts[{index}].source");
+    let given = mount
+        .source()
+        .as_ref()
+        .filter(|path| !path.as_os_str().is_empty())
+        .ok_or_else(|| SpecError::Invalid {
+            field: field.clone(),
+            reason: format!(
+                "is missing for the bind mount at {}",
+                mount.destination().display()
+            ),
+        })?;
+    let path = bundle.join(given);
+    let failed = |source| SpecError::Path {
+        field: field.clone(),
+        path: path.clone(),
+        source,
+    };
+    let real = fs::canonicalize(&path).map_err(failed)?;
+    let kind = fs::metadata(&real).map_err(failed)?.file_type();
+    let unsupported = |reason: &str| SpecError::Unsupported {
+        field: field.clone(),
+        reason: format!("{} is {reason}", path.display()),
+    };
+    if kind.is_socket() {
+        return Err(unsupported(
+            "a socket: its other end lives on the host, not in the guest",
+        ));
+    }
+    if kind.is_char_device() || kind.is_block_device() {
+        return Err(unsupported(
+            "a device of the host, which a guest cannot open; name it in linux.devices if the \
+             guest has it too",
+        ));
+    }
+    if kind.is_fifo() {
+        return Err(unsupported(
+            "a FIFO: its other end lives on the host, not in the guest",
+        ));
+    }
+    if let Some(name) = kernel_filesystem(&real).map_err(failed)? {
+        return Err(unsupported(&format!(
+            "on the host's {name}, which tells of the host's kernel; mount the guest's own with \
+             a mount of that type",
+        )));
+    }
+    Ok(real)
+}
+
+/// The name of a file system whose files are the kernel speaking, if the path lies on one.
+fn kernel_filesystem(path: &Path) -> io::Result<Option<&'static str>> {
+    // statfs(2), f_type.
+    const MAGIC: [(i64, &str); 14] = [
+        (0x9fa0, "proc"),
+        (0x6265_6572, "sysfs"),
+        (0x0027_e0eb, "cgroup"),
+        (0x6367_7270, "cgroup2"),
+        (0x1cd1, "devpts"),
+        (0x6462_6720, "debugfs"),
+        (0x7472_6163, "tracefs"),
+        (0x7363_6673, "securityfs"),
+        (0xcafe_4a11, "bpf"),
+        (0x1980_0202, "mqueue"),
+        (0x6165_676c, "pstore"),
+        (0xde5e_81e4, "efivarfs"),
+        (0x6265_6570, "configfs"),
+        (0x4249_4e4d, "binfmt_misc"),
+    ];
+    let kind = rustix::fs::statfs(path)?.f_type;
+    let name = MAGIC
+        .iter()
+        .find(|(magic, _)| *magic == kind)
+        .map(|(_, name)| *name);
+    // The host's device nodes lie on a tmpfs by another name, which only the path tells.
+    Ok(name.or_else(|| (path == Path::new("/dev")).then_some("devtmpfs")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn collected(bundle: &Path, mounts: serde_json::Value) -> Result<Share, SpecError> {
+        let spec: Spec = serde_json::from_value(
+            json!({"ociVersion": "1.0.0", "root": {"path": "rootfs"}, "mounts": mounts}),
+        )
+        .unwrap();
+        collect("one", bundle, &bundle.join("rootfs"), &spec)
+    }
+
+    #[test]
+    fn bind_mounts_become_entries() {
+        let bundle = tempfile::tempdir().unwrap();
+        fs::create_dir(bundle.path().join("data")).unwrap();
+        fs::write(bundle.path().join("file"), b"").unwrap();
+        let share = collected(
+            bundle.path(),
+            json!([
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/d", "type": "bind", "source": "data", "options": ["rbind", "ro"]},
+                {"destination": "/f", "type": "none", "source": "file", "options": ["bind"]},
+                {"destination": "/g", "source": "file", "options": ["bind", "ro", "rw"]},
+            ]),
+        )
+        .unwrap();
+        let shown: Vec<_> = share
+            .entries
+            .iter()
+            .map(|entry| (entry.target.as_str(), entry.read_only, entry.recursive))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                ("one/rootfs", false, true),
+                ("one/mounts/1", true, true),
+                ("one/mounts/2", false, false),
+                ("one/mounts/3", false, false),
+            ]
+        );
+        assert_eq!(share.bind_sources.len(), 3);
+        assert_eq!(share.bind_sources[&1], "one/mounts/1");
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_refused_by_name() {
+        let bundle = tempfile::tempdir().unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(bundle.path().join("socket")).unwrap();
+        for (source, word) in [
+            ("socket", "socket"),
+            ("/dev/null", "device"),
+            ("/proc/sys", "proc"),
+            ("/sys", "sysfs"),
+            ("/dev", "devtmpfs"),
+            ("nowhere", "nowhere"),
+            ("", "missing"),
+        ] {
+            let error = collected(
+                bundle.path(),
+                json!([{"destination": "/x", "type": "bind", "source": source}]),
+            )
+            .unwrap_err()
+            .to_string();
+            assert!(
+                error.contains("mounts[0].source") && error.contains(word),
+                "{error}"
+            );
+        }
+    }
+}

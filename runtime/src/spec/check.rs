@@ -1,0 +1,330 @@
+//! What the host side needs of a configuration, and which of its wishes only the host could
+//! grant and does not: those are refused by name before anything is made.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Spec};
+
+use super::{Loaded, SpecError};
+
+fn invalid(field: impl Into<String>, reason: impl Into<String>) -> SpecError {
+    SpecError::Invalid {
+        field: field.into(),
+        reason: reason.into(),
+    }
+}
+
+fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> SpecError {
+    SpecError::Unsupported {
+        field: field.into(),
+        reason: reason.into(),
+    }
+}
+
+/// What the host side takes from a configuration that it can serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// Absolute path of the root filesystem.
+    pub rootfs: PathBuf,
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+}
+
+/// Judges a configuration.
+pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
+    let spec = &loaded.spec;
+    version(spec.version())?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| invalid("process", "is missing: a container needs a process to run"))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(invalid(
+            "process.args",
+            "must not be empty: it names the program to run",
+        ));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(invalid(
+            "process.cwd",
+            format!("{:?} must be an absolute path", process.cwd()),
+        ));
+    }
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| invalid("linux", "is missing: see `bulkhead spec`"))?;
+    namespaces(linux)?;
+    if let Some(resources) = linux.resources() {
+        refuse_resources(resources)?;
+    }
+    if linux.intel_rdt().is_some() {
+        return Err(unsupported(
+            "linux.intelRdt",
+            "a guest cannot partition the host's caches",
+        ));
+    }
+    if linux
+        .net_devices()
+        .as_ref()
+        .is_some_and(|devices| !devices.is_empty())
+    {
+        return Err(unsupported(
+            "linux.netDevices",
+            "moving host network devices into a guest is not done yet",
+        ));
+    }
+    Ok(Checked {
+        rootfs: rootfs(spec, &loaded.bundle)?,
+        terminal: process.terminal().unwrap_or(false),
+    })
+}
+
+fn version(version: &str) -> Result<(), SpecError> {
+    let field = "ociVersion";
+    if version.is_empty() {
+        return Err(invalid(field, "is missing"));
+    }
+    let mut numbers = version
+        .split(['-', '+'])
+        .next()
+        .unwrap_or_default()
+        .split('.');
+    let mut number = || numbers.next().and_then(|part| part.parse::<u32>().ok());
+    match (number(), number(), number()) {
+        (Some(1), Some(_), Some(_)) => Ok(()),
+        (Some(_), Some(_), Some(_)) => Err(invalid(
+            field,
+            format!("{version:?} is not supported: 1.x.y is"),
+        )),
+        _ => Err(invalid(
+            field,
+            format!("{version:?} is not a version in SemVer 2.0 format"),
+        )),
+    }
+}
+
+/// runtime-spec, config-linux "Namespaces": an entry without a path is a new namespace, a missing
+/// one means the runtime's own, which for a guest is out of reach.
+fn namespaces(linux: &Linux) -> Result<(), SpecError> {
+    const NEEDED: [(LinuxNamespaceType, &str); 4] = [
+        (LinuxNamespaceType::Network, "network"),
+        (LinuxNamespaceType::Pid, "pid"),
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
+    ];
+    let empty = Vec::new();
+    let namespaces = linux.namespaces().as_ref().unwrap_or(&empty);
+    for (index, namespace) in namespaces.iter().enumerate() {
+        let Some(path) = namespace
+            .path()
+            .as_ref()
+            .filter(|path| !path.as_os_str().is_empty())
+        else {
+            continue;
+        };
+        let field = format!("linux.namespaces[{index}].path");
+        let reason = match namespace.typ() {
+            LinuxNamespaceType::Network => format!(
+                "joining the network namespace {} is not done yet; leave the path out for a \
+                 container with loopback only",
+                path.display()
+            ),
+            typ => format!(
+                "a container in a virtual machine cannot join the host's {typ:?} namespace {}; \
+                 leave the path out for one of its own",
+                path.display()
+            ),
+        };
+        return Err(unsupported(field, reason));
+    }
+    for (typ, name) in NEEDED {
+        if !namespaces.iter().any(|namespace| namespace.typ() == typ) {
+            return Err(unsupported(
+                format!("linux.namespaces without an entry of type {name:?}"),
+                format!(
+                    "it asks for the host's own {name} namespace, which a container in a virtual \
+                     machine cannot share; add {{\"type\":\"{name}\"}}"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_resources(resources: &LinuxResources) -> Result<(), SpecError> {
+    if let Some(limits) = resources.hugepage_limits() {
+        // A limit of nothing is kept as it is: no huge pages are given to a guest.
+        if let Some(index) = limits.iter().position(|limit| limit.limit() > 0) {
+            return Err(unsupported(
+                format!("linux.resources.hugepageLimits[{index}]"),
+                "guests have no huge pages",
+            ));
+        }
+    }
+    if let Some(network) = resources.network() {
+        let priorities = network
+            .priorities()
+            .as_ref()
+            .is_some_and(|list| !list.is_empty());
+        if network.class_id().is_some_and(|class| class != 0) || priorities {
+            return Err(unsupported(
+                "linux.resources.network",
+                "guests have no network but loopback yet",
+            ));
+        }
+    }
+    if resources
+        .rdma()
+        .as_ref()
+        .is_some_and(|rdma| !rdma.is_empty())
+    {
+        return Err(unsupported(
+            "linux.resources.rdma",
+            "guests have no RDMA devices",
+        ));
+    }
+    Ok(())
+}
+
+fn rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
+    let field = "root.path";
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or_else(|| invalid("root", "is missing"))?;
+    if root.path().as_os_str().is_empty() {
+        return Err(invalid(field, "is empty"));
+    }
+    let path = bundle.join(root.path());
+    let failed = |source| SpecError::Path {
+        field: field.to_owned(),
+        path: path.clone(),
+        source,
+    };
+    let real = fs::canonicalize(&path).map_err(failed)?;
+    if !real.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    Ok(real)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn bundle() -> tempfile::TempDir {
+        let bundle = tempfile::tempdir().unwrap();
+        fs::create_dir(bundle.path().join("rootfs")).unwrap();
+        bundle
+    }
+
+    fn good() -> Value {
+        json!({
+            "ociVersion": "1.2.0",
+            "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": [
+                {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"},
+                {"type": "mount"}]},
+        })
+    }
+
+    fn judge(bundle: &Path, value: &Value) -> Result<Checked, SpecError> {
+        check(&Loaded::parse(
+            bundle.to_owned(),
+            value.to_string().into_bytes(),
+        )?)
+    }
+
+    #[test]
+    fn a_plain_configuration_passes() {
+        let bundle = bundle();
+        let checked = judge(bundle.path(), &good()).unwrap();
+        assert!(!checked.terminal);
+        assert!(checked.rootfs.ends_with("rootfs"));
+    }
+
+    #[test]
+    fn every_mutation_is_refused_by_name() {
+        let bundle = bundle();
+        let cases = [
+            ("/ociVersion", json!("2.0.0"), "ociVersion"),
+            ("/ociVersion", json!("1"), "ociVersion"),
+            ("/ociVersion", json!(""), "ociVersion"),
+            ("/process", Value::Null, "process"),
+            ("/process/args", json!([]), "process.args"),
+            ("/process/args", json!("sh"), "process.args"),
+            ("/process/cwd", json!("tmp"), "process.cwd"),
+            ("/root", Value::Null, "root"),
+            ("/root/path", json!("nowhere"), "root.path"),
+            ("/root/path", json!(""), "root.path"),
+            ("/linux", Value::Null, "linux"),
+            (
+                "/linux/namespaces/0",
+                json!({"type": "pid", "path": "/proc/1/ns/pid"}),
+                "[0].path",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "network", "path": "/run/n"}),
+                "[1].path",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "cgroup"}),
+                "\"network\"",
+            ),
+            ("/linux/namespaces/0", json!({"type": "cgroup"}), "\"pid\""),
+            (
+                "/linux/namespaces/0",
+                json!({"type": "planet"}),
+                "linux.namespaces[0].type",
+            ),
+        ];
+        for (pointer, value, named) in cases {
+            let mut config = good();
+            *config.pointer_mut(pointer).unwrap() = value.clone();
+            let error = judge(bundle.path(), &config).unwrap_err().to_string();
+            assert!(error.contains(named), "{pointer} = {value}: {error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn host_only_resources_are_refused_by_name() {
+        let bundle = bundle();
+        let cases = [
+            (
+                json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}]}),
+                Some("hugepage"),
+            ),
+            (
+                json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}),
+                None,
+            ),
+            (
+                json!({"network": {"classID": 1}}),
+                Some("resources.network"),
+            ),
+            (json!({"network": {}}), None),
+            (
+                json!({"rdma": {"mlx5": {"hcaHandles": 1}}}),
+                Some("resources.rdma"),
+            ),
+        ];
+        for (resources, named) in cases {
+            let mut config = good();
+            config["linux"]["resources"] = resources;
+            match (judge(bundle.path(), &config), named) {
+                (Ok(_), None) => {}
+                (Err(error), Some(named)) => assert!(error.to_string().contains(named), "{error}"),
+                (result, named) => panic!("{result:?} {named:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,573 @@
+//! Moves bytes between the host's descriptors and the guest's streams, one flow for each
+//! direction, all in the caller's poll loop.
+//!
+//! A flow waits either for input or for room at its output, never for both: what has not been
+//! delivered is not read any further, so a slow reader slows its writer (backpressure). The end of
+//! input is passed on as the end of output; when the output's reader is gone, that flow ends and
+//! its input is let go, so that the writer hears of it, while the other flows go on.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use rustix::{
+    event::{PollFd, PollFlags},
+    io::Errno,
+    pipe::SpliceFlags,
+};
+use thiserror::Error;
+
+use super::endpoint::{Direction, Endpoint};
+use crate::agent::Streams;
+
+const BUFFER: usize = 64 * 1024;
+/// Rounds before the other flows have their turn.
+const ROUNDS: usize = 16;
+
+/// A flow broke.
+#[derive(Debug, Error)]
+#[error("cannot carry the process's {stream}")]
+pub struct RelayError {
+    stream: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    Input,
+    Output,
+}
+
+/// Which of the runtime's own standard descriptors a flow uses, to be let go when it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standard {
+    Input,
+    Output,
+    Error,
+}
+
+#[derive(Debug)]
+struct Flow {
+    name: &'static str,
+    from: Endpoint,
+    to: Endpoint,
+    wait: Wait,
+    splice: bool,
+    /// Empty until the first byte that splice(2) cannot move.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    input_ended: bool,
+    /// Whether the end of input is told to the output (not for a terminal, where one stream goes
+    /// both ways and its end means that the terminal hangs up).
+    pass_end: bool,
+    standard: Option<Standard>,
+}
+
+/// The flows of one process.
+#[derive(Debug, Default)]
+pub struct Relay {
+    input: Option<Flow>,
+    outputs: Vec<Flow>,
+}
+
+impl Flow {
+    fn new(name: &'static str, from: Endpoint, to: Endpoint) -> Self {
+        let splice = from.is_pipe() || to.is_pipe();
+        Self {
+            name,
+            from,
+            to,
+            wait: Wait::Input,
+            splice,
+            buffer: Vec::new(),
+            start: 0,
+            end: 0,
+            input_ended: false,
+            pass_end: true,
+            standard: None,
+        }
+    }
+
+    fn poll_fds(&self) -> [PollFd<'_>; 2] {
+        match self.wait {
+            // The output is watched too, for its reader going away (POLLERR, POLLHUP).
+            Wait::Input => [
+                PollFd::new(&self.from, PollFlags::IN),
+                PollFd::new(&self.to, PollFlags::empty()),
+            ],
+            Wait::Output => [
+                PollFd::new(&self.to, PollFlags::OUT),
+                PollFd::new(&self.to, PollFlags::empty()),
+            ],
+        }
+    }
+
+    /// Moves what can be moved; true when the flow has ended.
+    fn advance(&mut self) -> Result<bool, RelayError> {
+        for _ in 0..ROUNDS {
+            let result = if self.start < self.end || self.input_ended {
+                self.deliver()
+            } else if self.splice {
+                self.splice()
+            } else {
+                self.fetch()
+            };
+            match result {
+                Ok(Step::Moved) | Err(Errno::INTR) => {}
+                Ok(Step::Waits) => return Ok(false),
+                Ok(Step::Ended) => return Ok(true),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Ok(true),
+                // The terminal that was written to has hung up.
+                Err(Errno::IO) => return Ok(true),
+                Err(error) => {
+                    return Err(RelayError {
+                        stream: self.name,
+                        source: error.into(),
+                    });
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn deliver(&mut self) -> rustix::io::Result<Step> {
+        if self.start == self.end {
+            if self.pass_end {
+                self.to.end_writing();
+            }
+            return Ok(Step::Ended);
+        }
+        // What could not be opened again may block: only after poll has said that there is room.
+        if matches!(self.to, Endpoint::Blocking(_)) && self.wait == Wait::Input {
+            self.wait = Wait::Output;
+            return Ok(Step::Waits);
+        }
+        match self.to.write(&self.buffer[self.start..self.end]) {
+            Ok(count) => {
+                self.start += count;
+                self.wait = Wait::Input;
+                Ok(Step::Moved)
+            }
+            Err(Errno::AGAIN) => {
+                self.wait = Wait::Output;
+                Ok(Step::Waits)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn fetch(&mut self) -> rustix::io::Result<Step> {
+        if matches!(self.from, Endpoint::Blocking(_)) && !ready(&self.from, PollFlags::IN)? {
+            self.wait = Wait::Input;
+            return Ok(Step::Waits);
+        }
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; BUFFER];
+        }
+        match self.from.read(&mut self.buffer) {
+            Ok(0) => {
+                self.input_ended = true;
+                Ok(Step::Moved)
+            }
+            Ok(count) => {
+                (self.start, self.end) = (0, count);
+                Ok(Step::Moved)
+            }
+            Err(Errno::AGAIN) => {
+                self.wait = Wait::Input;
+                Ok(Step::Waits)
+            }
+            // The guest's side was cut off: nothing more comes.
+            Err(Errno::CONNRESET) => {
+                self.input_ended = true;
+                Ok(Step::Moved)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Moves pages from or into a pipe without copying them through here.
+    fn splice(&mut self) -> rustix::io::Result<Step> {
+        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        match rustix::pipe::splice(&self.from, None, &self.to, None, 1 << 20, flags) {
+            Ok(0) => {
+                self.input_ended = true;
+                Ok(Step::Moved)
+            }
+            Ok(_) => Ok(Step::Moved),
+            // Either side can be the reason.
+            Err(Errno::AGAIN) => {
+                let input = ready(&self.from, PollFlags::IN)?;
+                self.wait = if input { Wait::Output } else { Wait::Input };
+                if input && ready(&self.to, PollFlags::OUT)? {
+                    // Both are ready and yet nothing moves (a pipe of many nearly empty pages):
+                    // copying always gets on.
+                    self.splice = false;
+                    return Ok(Step::Moved);
+                }
+                Ok(Step::Waits)
+            }
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                self.splice = false;
+                Ok(Step::Moved)
+            }
+            Err(Errno::CONNRESET) => {
+                self.input_ended = true;
+                Ok(Step::Moved)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Lets the runtime's own standard descriptor go, so that whoever is at its other end hears.
+    fn release(&self) {
+        let Some(standard) = self.standard else {
+            return;
+        };
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        let Ok(null) = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty()) else {
+            return;
+        };
+        let _ = match standard {
+            Standard::Input => rustix::stdio::dup2_stdin(&null),
+            Standard::Output => rustix::stdio::dup2_stdout(&null),
+            Standard::Error => rustix::stdio::dup2_stderr(&null),
+        };
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Moved,
+    Waits,
+    Ended,
+}
+
+fn ready(endpoint: &Endpoint, flags: PollFlags) -> rustix::io::Result<bool> {
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut descriptors = [PollFd::new(endpoint, flags)];
+    Ok(rustix::event::poll(&mut descriptors, Some(&now))? > 0)
+}
+
+impl Relay {
+    /// Between these descriptors, the runtime's own standard ones, and the guest's streams.
+    pub fn standard(streams: Streams) -> io::Result<Self> {
+        let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+        let mut relay =
+            Self::between(stdin.as_fd(), stdout.as_fd(), Some(stderr.as_fd()), streams)?;
+        if let Some(input) = &mut relay.input {
+            input.standard = Some(Standard::Input);
+        }
+        for output in &mut relay.outputs {
+            output.standard = Some(if output.name == "stdout" {
+                Standard::Output
+            } else {
+                Standard::Error
+            });
+        }
+        Ok(relay)
+    }
+
+    fn between(
+        stdin: BorrowedFd<'_>,
+        stdout: BorrowedFd<'_>,
+        stderr: Option<BorrowedFd<'_>>,
+        streams: Streams,
+    ) -> io::Result<Self> {
+        let mut relay = Self::default();
+        if let Some(stream) = streams.stdin {
+            let from = Endpoint::of_shared(stdin, Direction::Read)?;
+            relay.input = Some(Flow::new("stdin", from, guest_end(stream)?));
+        }
+        if let Some(stream) = streams.stdout {
+            let to = Endpoint::of_shared(stdout, Direction::Write)?;
+            relay
+                .outputs
+                .push(Flow::new("stdout", guest_end(stream)?, to));
+        }
+        if let (Some(stream), Some(stderr)) = (streams.stderr, stderr) {
+            let to = Endpoint::of_shared(stderr, Direction::Write)?;
+            relay
+                .outputs
+                .push(Flow::new("stderr", guest_end(stream)?, to));
+        }
+        Ok(relay)
+    }
+
+    /// Between a terminal, whose two descriptors may be the same, and the guest's one stream.
+    pub fn terminal(
+        input: BorrowedFd<'_>,
+        output: BorrowedFd<'_>,
+        stream: UnixStream,
+    ) -> io::Result<Self> {
+        let streams = Streams {
+            stdout: Some(stream.try_clone()?),
+            stdin: Some(stream),
+            stderr: None,
+        };
+        let mut relay = Self::between(input, output, None, streams)?;
+        if let Some(input) = &mut relay.input {
+            input.pass_end = false;
+        }
+        Ok(relay)
+    }
+
+    /// What to wait for. Each flow has two entries, in the order that `advance` expects.
+    pub fn poll_fds(&self) -> impl Iterator<Item = PollFd<'_>> {
+        self.input
+            .iter()
+            .chain(&self.outputs)
+            .flat_map(Flow::poll_fds)
+    }
+
+    /// Moves what can be moved, after a poll that gave these events for [`Relay::poll_fds`].
+    pub fn advance(&mut self, events: &[PollFlags]) -> Result<(), RelayError> {
+        let mut events = events.chunks(2);
+        if let Some(input) = &mut self.input
+            && step(input, events.next())?
+        {
+            self.input = None;
+        }
+        let mut index = 0;
+        while index < self.outputs.len() {
+            if step(&mut self.outputs[index], events.next())? {
+                self.outputs.remove(index);
+            } else {
+                index += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all output has been delivered.
+    pub fn outputs_ended(&self) -> bool {
+        self.outputs.is_empty()
+    }
+
+    /// Whether everything that the guest has sent is delivered.
+    pub fn waits_for_guest(&self) -> bool {
+        self.outputs.iter().all(|flow| flow.wait == Wait::Input)
+    }
+
+    /// The process has ended: nobody reads its input any more.
+    pub fn end_input(&mut self) {
+        self.input = None;
+    }
+}
+
+fn guest_end(stream: UnixStream) -> io::Result<Endpoint> {
+    stream.set_nonblocking(true)?;
+    Ok(Endpoint::Socket(OwnedFd::from(stream)))
+}
+
+fn step(flow: &mut Flow, events: Option<&[PollFlags]>) -> Result<bool, RelayError> {
+    let Some([main, output]) = events else {
+        return Ok(false);
+    };
+    let reader_gone = output.intersects(PollFlags::ERR | PollFlags::HUP)
+        // A socket whose peer has closed may still be read: only a writer cares.
+        && !matches!((&flow.to, flow.wait), (Endpoint::Blocking(_), _));
+    let ended = if reader_gone {
+        true
+    } else if main.is_empty() {
+        false
+    } else {
+        flow.advance()?
+    };
+    if ended {
+        flow.release();
+    }
+    Ok(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        fs::File,
+        io::{Read, Write},
+        thread,
+    };
+
+    /// Runs a relay until its outputs have ended.
+    fn run(mut relay: Relay, until_input_ends: bool) {
+        while !relay.outputs_ended() || (until_input_ends && relay.input.is_some()) {
+            let mut descriptors: Vec<_> = relay.poll_fds().collect();
+            crate::wait::poll(&mut descriptors, None).unwrap();
+            let events: Vec<_> = descriptors.iter().map(PollFd::revents).collect();
+            drop(descriptors);
+            relay.advance(&events).unwrap();
+        }
+    }
+
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length)
+            .map(|i| u8::try_from(i * 31 % 251).unwrap())
+            .collect()
+    }
+
+    fn streams() -> (Streams, UnixStream, UnixStream, UnixStream) {
+        let (stdin, guest_stdin) = UnixStream::pair().unwrap();
+        let (stdout, guest_stdout) = UnixStream::pair().unwrap();
+        let (stderr, guest_stderr) = UnixStream::pair().unwrap();
+        let streams = Streams {
+            stdin: Some(stdin),
+            stdout: Some(stdout),
+            stderr: Some(stderr),
+        };
+        (streams, guest_stdin, guest_stdout, guest_stderr)
+    }
+
+    /// The guest copies its input to its output; the host's side is pipes, files or sockets.
+    fn round_trip<I, O>(host_in: I, mut feed: impl Write + Send + 'static, host_out: O) -> O
+    where
+        I: AsFd + Send + 'static,
+        O: AsFd + Send + 'static,
+    {
+        const LENGTH: usize = 64 << 20;
+        let (streams, mut guest_in, mut guest_out, guest_err) = streams();
+        drop(guest_err);
+        let feeder = thread::spawn(move || feed.write_all(&pattern(LENGTH)).unwrap());
+        let guest = thread::spawn(move || io::copy(&mut guest_in, &mut guest_out).unwrap());
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let relay = Relay::between(
+            host_in.as_fd(),
+            host_out.as_fd(),
+            Some(null.as_fd()),
+            streams,
+        )
+        .unwrap();
+        run(relay, true);
+        feeder.join().unwrap();
+        assert_eq!(guest.join().unwrap(), LENGTH as u64);
+        host_out
+    }
+
+    #[test]
+    fn sixty_four_mib_through_pipes() {
+        let (in_read, in_write) = io::pipe().unwrap();
+        let (mut out_read, out_write) = io::pipe().unwrap();
+        let reader = thread::spawn(move || {
+            let mut all = Vec::new();
+            out_read.read_to_end(&mut all).unwrap();
+            all
+        });
+        drop(round_trip(in_read, in_write, out_write));
+        assert!(reader.join().unwrap() == pattern(64 << 20));
+    }
+
+    #[test]
+    fn sixty_four_mib_through_sockets() {
+        let (in_read, in_write) = UnixStream::pair().unwrap();
+        let (mut out_read, out_write) = UnixStream::pair().unwrap();
+        let reader = thread::spawn(move || {
+            let mut all = Vec::new();
+            out_read.read_to_end(&mut all).unwrap();
+            all
+        });
+        drop(round_trip(in_read, in_write, out_write));
+        assert!(reader.join().unwrap() == pattern(64 << 20));
+    }
+
+    #[test]
+    fn files_at_both_ends() {
+        let directory = tempfile::tempdir().unwrap();
+        let (input, output) = (directory.path().join("in"), directory.path().join("out"));
+        std::fs::write(&input, pattern(3 << 20)).unwrap();
+        let (streams, mut guest_in, mut guest_out, guest_err) = streams();
+        drop(guest_err);
+        let guest = thread::spawn(move || io::copy(&mut guest_in, &mut guest_out).unwrap());
+        let host_in = File::open(&input).unwrap();
+        let host_out = File::create(&output).unwrap();
+        let relay = Relay::between(
+            host_in.as_fd(),
+            host_out.as_fd(),
+            Some(host_out.as_fd()),
+            streams,
+        )
+        .unwrap();
+        run(relay, true);
+        guest.join().unwrap();
+        assert!(std::fs::read(&output).unwrap() == pattern(3 << 20));
+    }
+
+    #[test]
+    fn a_reader_that_goes_away_ends_its_stream_only() {
+        let (in_read, _in_write) = io::pipe().unwrap();
+        let (out_read, out_write) = io::pipe().unwrap();
+        let (mut err_read, err_write) = io::pipe().unwrap();
+        let (streams, _guest_in, mut guest_out, mut guest_err) = streams();
+        let relay = Relay::between(
+            in_read.as_fd(),
+            out_write.as_fd(),
+            Some(err_write.as_fd()),
+            streams,
+        )
+        .unwrap();
+        drop((out_read, out_write, err_write));
+        let relay = thread::spawn(move || run(relay, false));
+        // The guest hears of it as a write that fails.
+        let error = loop {
+            if let Err(error) = guest_out.write_all(&[0; 4096]) {
+                break error;
+            }
+        };
+        let kinds = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+        assert!(kinds.contains(&error.kind()), "{error}");
+        guest_err.write_all(b"still here").unwrap();
+        drop(guest_err);
+        relay.join().unwrap();
+        let mut text = String::new();
+        err_read.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "still here");
+    }
+
+    #[test]
+    fn a_slow_reader_holds_its_writer_back() {
+        let (in_read, _in_write) = io::pipe().unwrap();
+        let (mut out_read, out_write) = io::pipe().unwrap();
+        let (streams, _guest_in, guest_out, guest_err) = streams();
+        drop(guest_err);
+        guest_out.set_nonblocking(true).unwrap();
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let mut relay = Relay::between(
+            in_read.as_fd(),
+            out_write.as_fd(),
+            Some(null.as_fd()),
+            streams,
+        )
+        .unwrap();
+        drop(out_write);
+        let mut written = 0_usize;
+        // Until neither the guest nor the relay gets any further.
+        loop {
+            let sent = (&guest_out).write(&[7; 4096]).unwrap_or(0);
+            written += sent;
+            let mut descriptors: Vec<_> = relay.poll_fds().collect();
+            let now = crate::wait::Deadline::after(std::time::Duration::from_millis(50));
+            let count = crate::wait::poll(&mut descriptors, Some(now)).unwrap();
+            let events: Vec<_> = descriptors.iter().map(PollFd::revents).collect();
+            drop(descriptors);
+            relay.advance(&events).unwrap();
+            if sent == 0 && count == 0 {
+                break;
+            }
+            assert!(written < 16 << 20, "nothing held the writer back");
+        }
+        drop(guest_out);
+        let relay = thread::spawn(move || run(relay, false));
+        let mut all = Vec::new();
+        out_read.read_to_end(&mut all).unwrap();
+        relay.join().unwrap();
+        assert_eq!(all.len(), written);
+    }
+}

@@ -1,0 +1,213 @@
+//! A `bulkhead-vmm` process and the socket that it lives by.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use bulkhead_vmm::config::{VmCommand, VmConfig, VmEvent};
+use rustix::{
+    event::{PollFd, PollFlags},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+};
+
+use super::{Vm, VmError};
+use crate::wait::{Deadline, poll};
+
+/// More than any event needs: a VMM that sends longer lines is not one.
+const LONGEST_LINE: usize = 64 * 1024;
+/// How long a VM may take to end when told to, before it is killed.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// A VM that is a process of this host.
+#[derive(Debug)]
+pub struct VmProcess {
+    control: UnixStream,
+    received: Vec<u8>,
+    starter: Child,
+    /// The process that [`VmEvent::Forked`] named.
+    process: Option<OwnedFd>,
+    ended: bool,
+}
+
+fn control_error(operation: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Control { operation, source }
+}
+
+impl VmProcess {
+    /// Starts the program; it waits for its configuration. Its log goes to `log`.
+    pub fn start(program: &Path, log: File) -> Result<Self, VmError> {
+        let failed = |source| VmError::Start {
+            program: program.to_owned(),
+            source,
+        };
+        let (control, theirs) = UnixStream::pair().map_err(failed)?;
+        // The VM's process is the child of a child that ends at once: so that it becomes ours.
+        rustix::process::set_child_subreaper(Some(Pid::INIT))
+            .map_err(|error| failed(error.into()))?;
+        let starter = Command::new(program)
+            .env_clear()
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log))
+            .spawn()
+            .map_err(failed)?;
+        control.set_nonblocking(true).map_err(failed)?;
+        Ok(Self {
+            control,
+            received: Vec::new(),
+            starter,
+            process: None,
+            ended: false,
+        })
+    }
+
+    fn send(&mut self, message: &impl serde::Serialize) -> Result<(), VmError> {
+        let mut line = serde_json::to_vec(message).map_err(VmError::Malformed)?;
+        line.push(b'\n');
+        let failed = control_error("write to");
+        // The configuration can be longer than the socket's buffer.
+        let mut rest = line.as_slice();
+        let deadline = Deadline::after(END_LIMIT);
+        loop {
+            match self.control.write(rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut descriptors = [PollFd::new(&self.control, PollFlags::OUT)];
+                    match poll(&mut descriptors, Some(deadline)) {
+                        Ok(0) => return Err(failed(io::ErrorKind::TimedOut.into())),
+                        Ok(_) => {}
+                        Err(error) => return Err(failed(error)),
+                    }
+                }
+                Err(error) => return Err(failed(error)),
+            }
+            if rest.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The next whole line that was received; the error at the end of the socket.
+    fn next_line(&mut self) -> Result<Option<Vec<u8>>, VmError> {
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let rest = self.received.split_off(end + 1);
+                return Ok(Some(std::mem::replace(&mut self.received, rest)));
+            }
+            if self.received.len() > LONGEST_LINE {
+                return Err(VmError::TooLong(LONGEST_LINE));
+            }
+            let mut buffer = [0; 4096];
+            match self.control.read(&mut buffer) {
+                Ok(0) => return Err(VmError::Gone(self.reap())),
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(VmError::Gone(self.reap()));
+                }
+                Err(error) => return Err(control_error("read from")(error)),
+            }
+        }
+    }
+
+    /// The pid is known: reads it while it certainly means that process, which waits for its Go.
+    fn forked(&mut self, pid: u32) -> Result<(), VmError> {
+        let failed = control_error("open the process of");
+        let process = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or(rustix::io::Errno::SRCH)
+            .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+        self.process = Some(process.map_err(|error| failed(error.into()))?);
+        Ok(())
+    }
+
+    /// Waits for the end of what was started, killing it after a while; says how it ended.
+    fn reap(&mut self) -> String {
+        if self.ended {
+            return String::new();
+        }
+        self.ended = true;
+        let Some(process) = self.process.take() else {
+            // It never forked. Its end of the socket is closed or about to be, so it ends.
+            let _ = self.starter.kill();
+            return self
+                .starter
+                .wait()
+                .map_or(String::new(), |status| format!(" ({status})"));
+        };
+        let mut descriptors = [PollFd::new(&process, PollFlags::IN)];
+        if !matches!(
+            poll(&mut descriptors, Some(Deadline::after(END_LIMIT))),
+            Ok(1..)
+        ) {
+            let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
+        }
+        let _ = self.starter.wait();
+        let how = rustix::process::waitid(WaitId::PidFd(process.as_fd()), WaitIdOptions::EXITED);
+        match how.ok().flatten() {
+            Some(status) => match (status.exit_status(), status.terminating_signal()) {
+                (_, Some(signal)) => format!(" (killed by signal {signal})"),
+                (Some(code), None) => format!(" (exit code {code})"),
+                (None, None) => String::new(),
+            },
+            None => String::new(),
+        }
+    }
+}
+
+impl Vm for VmProcess {
+    fn control(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+
+    fn configure(&mut self, config: &VmConfig) -> Result<(), VmError> {
+        self.send(config)
+    }
+
+    fn next_event(&mut self) -> Result<Option<VmEvent>, VmError> {
+        let Some(line) = self.next_line()? else {
+            return Ok(None);
+        };
+        match serde_json::from_slice(&line).map_err(VmError::Malformed)? {
+            VmEvent::Forked { pid } => {
+                self.forked(pid)?;
+                Ok(Some(VmEvent::Forked { pid }))
+            }
+            VmEvent::Failed { message } => Err(VmError::Failed(message)),
+            VmEvent::Exited => Err(VmError::GuestEnded),
+            event => Ok(Some(event)),
+        }
+    }
+
+    fn command(&mut self, command: VmCommand) -> Result<(), VmError> {
+        self.send(&command)
+    }
+
+    fn stop(&mut self) -> Result<(), VmError> {
+        if self.ended {
+            return Ok(());
+        }
+        // A VM that cannot be told has ended, or ends because the socket closes.
+        let _ = self.send(&VmCommand::Stop);
+        let _ = self.control.shutdown(std::net::Shutdown::Both);
+        self.reap();
+        Ok(())
+    }
+}
+
+impl Drop for VmProcess {
+    fn drop(&mut self) {
+        let _ = self.stop();
+    }
+}
