@@ -24,6 +24,8 @@ pub mod monitor;
 #[cfg(feature = "monitor")]
 pub mod opened;
 #[cfg(feature = "monitor")]
+pub mod probe;
+#[cfg(feature = "monitor")]
 mod sys;
 #[cfg(feature = "monitor")]
 pub mod threads;

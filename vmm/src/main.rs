@@ -1,5 +1,5 @@
 //! The program `bulkhead-vmm`: one microVM, told what to do over its standard input
-//! ([`bulkhead_vmm::config`]).
+//! ([`bulkhead_vmm::config`]). With `--probe` it says whether this host's KVM can run guests.
 //!
 //! `BULKHEAD_LOG` sets how much goes to standard error: `error` (the VM cannot go on), `warn` (the
 //! default: something is wrong, the VM goes on), `info` (an operator's view of its life), `debug`
@@ -15,6 +15,32 @@ use tracing::level_filters::LevelFilter;
 
 fn main() -> ExitCode {
     let started = monitor::now_us();
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match arguments.as_slice() {
+        [] => run(started),
+        [argument] if argument == "--probe" => probe(),
+        _ => {
+            eprintln!("bulkhead-vmm: the only argument is --probe; bulkhead starts VMs without");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Says whether this host's KVM is usable, as a line of JSON.
+fn probe() -> ExitCode {
+    match serde_json::to_string(&bulkhead_vmm::probe::probe()) {
+        Ok(line) => {
+            println!("{line}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("bulkhead-vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(started: u64) -> ExitCode {
     if let Err(error) = bulkhead_vmm::close_inherited() {
         eprintln!("bulkhead-vmm: close inherited files: {error}");
         return ExitCode::from(2);

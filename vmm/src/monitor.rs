@@ -127,7 +127,10 @@ fn build(
     }
     if let Some(config) = &config.share {
         let root = jail::SHARE.into();
-        let share = Share { root, proc_self_fd: descriptors };
+        let share = Share {
+            root,
+            proc_self_fd: descriptors,
+        };
         assembly.add_device(Box::new(Filesystem::new(&config.tag, share)?))?;
     }
     if let Some((guest_cid, listener)) = sockets {

@@ -78,7 +78,7 @@ fn gdt() -> [u64; 5] {
 }
 
 /// Writes the GDT, an empty IDT and page tables that map the first GiB to itself.
-pub(super) fn write(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+pub(crate) fn write(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     let failed = |source| BootError::Write {
         what: "page tables",
         source,

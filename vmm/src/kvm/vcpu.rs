@@ -106,10 +106,14 @@ impl Vcpu {
         state.restore(&self.fd)
     }
 
-    /// Direct access, for tests that run code of their own.
-    #[cfg(test)]
-    pub(crate) fn fd(&self) -> &VcpuFd {
-        &self.fd
+    /// Enters the guest once, without a thread of its own.
+    pub(crate) fn enter(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
+        self.fd.run()
+    }
+
+    /// Says which internal error the last exit was.
+    pub(crate) fn internal_error(&mut self) -> String {
+        internal_error(sys::internal_error(self.fd.get_kvm_run()))
     }
 
     /// Gives the vCPU a thread, paused.
