@@ -96,6 +96,11 @@ impl Cgroup {
         Self::locate_in(&hierarchies(&mounts), &own, path, id)
     }
 
+    /// No cgroup: every operation on it does nothing.
+    pub fn nowhere() -> Self {
+        Self { places: Vec::new() }
+    }
+
     fn locate_in(
         hierarchies: &[Hierarchy],
         own: &str,

@@ -9,7 +9,7 @@ use super::{Context, Error, create::console, require, write_pid_file};
 use crate::{
     cli::Exec,
     error,
-    monitor::{self, ExecOrder, Order, Screen},
+    monitor::{self, ExecOrder, HostStdio, Order},
     spec::{self, SpecError},
     state::{
         Container,
@@ -92,11 +92,11 @@ pub(super) fn attached(
     terminal: bool,
 ) -> Result<u8, Error> {
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
-    let screen = terminal
-        .then(RawTerminal::enter)
-        .transpose()?
-        .map(Screen::Own);
-    let mut process = monitor::join(container, order, screen)?;
+    let host = match terminal {
+        true => HostStdio::Terminal(RawTerminal::enter()?),
+        false => HostStdio::Standard,
+    };
+    let mut process = monitor::join(container, order, host)?;
     let status = process
         .run(&mut signals, None)
         .map_err(|error| Error::Io("wait for the process", error))?;

@@ -5,7 +5,7 @@ use std::{io, os::fd::OwnedFd, os::unix::net::UnixStream};
 use super::{Context, Error};
 use crate::{
     error,
-    monitor::{self, ContainerOrder, ExecOrder, Order, Outcome, Screen, VmStarter, launch},
+    monitor::{self, ContainerOrder, ExecOrder, HostStdio, Order, Outcome, VmStarter, launch},
     spec::{Loaded, check},
     stdio::{Console, Signals},
     vm::{Vm, VmProcess},
@@ -21,30 +21,30 @@ pub(super) fn monitor(context: &Context) -> Result<u8, Error> {
     };
     // As a container's process would: nobody's terminal controls it but the container's own.
     rustix::process::setsid().map_err(|error| Error::Io("make a session", error.into()))?;
-    let screen = screen(terminal)?;
+    let host = host_stdio(terminal)?;
     std::env::set_current_dir("/").map_err(|error| Error::Io("change to /", error))?;
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
     let result = match order {
-        Order::Container(order) => container(context, &order, socket, screen, &mut signals),
-        Order::Exec(order) => exec(context, &order, socket, screen, &mut signals),
+        Order::Container(order) => container(context, &order, socket, host, &mut signals),
+        Order::Exec(order) => exec(context, &order, socket, host, &mut signals),
     };
     result.map(|status| u8::try_from(status).unwrap_or(255))
 }
 
-fn screen(terminal: Option<OwnedFd>) -> Result<Option<Screen>, Error> {
+fn host_stdio(terminal: Option<OwnedFd>) -> Result<HostStdio, Error> {
     let Some(slave) = terminal else {
-        return Ok(None);
+        return Ok(HostStdio::Standard);
     };
     let console = Console::from_slave(slave);
     console.control()?;
-    Ok(Some(Screen::Console(console)))
+    Ok(HostStdio::Console(console))
 }
 
 fn container(
     context: &Context,
     order: &ContainerOrder,
     socket: UnixStream,
-    screen: Option<Screen>,
+    host: HostStdio,
     signals: &mut Signals,
 ) -> Result<i32, Error> {
     let container = context.root.open(&order.id)?;
@@ -60,7 +60,7 @@ fn container(
                 &container,
                 START_VM,
                 signals,
-                screen,
+                host,
             )?)
         });
     match made {
@@ -78,11 +78,11 @@ fn exec(
     context: &Context,
     order: &ExecOrder,
     socket: UnixStream,
-    screen: Option<Screen>,
+    host: HostStdio,
     signals: &mut Signals,
 ) -> Result<i32, Error> {
     let container = context.root.open(&order.id)?;
-    match monitor::join(&container, order, screen) {
+    match monitor::join(&container, order, host) {
         Ok(mut process) => {
             monitor::report(socket, &Outcome::Done)
                 .map_err(|error| Error::Io("report that the process runs", error))?;

@@ -6,7 +6,7 @@ use super::{Context, Error, create, monitor::START_VM, start, write_pid_file};
 use crate::{
     cli::Run,
     lifecycle,
-    monitor::{Screen, launch},
+    monitor::{HostStdio, launch},
     spec::{Loaded, check::Checked},
     state::{Container, ProcessIdentity},
     stdio::{RawTerminal, Signals},
@@ -61,18 +61,17 @@ fn attached(
     signals: &mut Signals,
 ) -> Result<i32, Error> {
     let order = create::order(context, &options.create, loaded)?;
-    let screen = checked
-        .terminal
-        .then(RawTerminal::enter)
-        .transpose()?
-        .map(Screen::Own);
+    let host = match checked.terminal {
+        true => HostStdio::Terminal(RawTerminal::enter()?),
+        false => HostStdio::Standard,
+    };
     let mut sandbox = launch(
         &order,
         (loaded, checked),
         container,
         START_VM,
         signals,
-        screen,
+        host,
     )?;
     if let Some(path) = &options.create.pid_file {
         write_pid_file(path, std::process::id())?;

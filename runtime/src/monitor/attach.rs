@@ -1,7 +1,7 @@
 //! Being there for one process of a guest: its stdio, its signals, its terminal's size and its
 //! end, in one poll loop. The same for a container's process and for `exec`.
 
-use std::{io, time::Duration};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use bulkhead_agent_protocol::messages::{
     ResizeTerminalRequest, SignalProcessRequest, WaitProcessRequest, WaitProcessResponse,
@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::{
     agent::{
-        self,
+        self, Streams,
         rpc::{CallId, RpcClient, RpcError},
     },
     stdio::{Caught, Console, RawTerminal, Relay, Signals},
@@ -24,22 +24,46 @@ const KILLED: i32 = 128 + 9;
 /// nevertheless stays open and silent for so long is given up.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// The terminal that a process's terminal is shown on.
+/// What a process's stdio is on the host.
 #[derive(Debug)]
-pub enum Screen {
-    /// The user's own.
-    Own(RawTerminal),
-    /// One whose master was given away.
+pub enum HostStdio {
+    /// This process's standard descriptors.
+    Standard,
+    /// The user's own terminal.
+    Terminal(RawTerminal),
+    /// A terminal whose master was given away.
     Console(Console),
+    /// What a test gives: standard input, output and error.
+    #[cfg(test)]
+    Given([std::os::fd::OwnedFd; 3]),
 }
 
-impl Screen {
-    /// Rows and columns.
+impl HostStdio {
+    /// Whether the process has a terminal.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Self::Terminal(_) | Self::Console(_))
+    }
+
+    /// Rows and columns of the terminal, zeros without one.
     pub fn size(&self) -> (u32, u32) {
-        use std::os::fd::AsFd;
         match self {
-            Self::Own(_) => crate::stdio::size(io::stdin().as_fd()),
+            Self::Terminal(_) => crate::stdio::size(io::stdin().as_fd()),
             Self::Console(console) => crate::stdio::size(console.slave()),
+            _ => (0, 0),
+        }
+    }
+
+    /// Joins it to the process's streams.
+    pub fn relay(&self, streams: Streams) -> io::Result<Relay> {
+        let (input, output) = (io::stdin(), io::stdout());
+        match self {
+            Self::Standard => Relay::standard(streams),
+            Self::Terminal(_) => Relay::terminal(input.as_fd(), output.as_fd(), streams),
+            Self::Console(console) => Relay::terminal(console.slave(), console.slave(), streams),
+            #[cfg(test)]
+            Self::Given([input, output, error]) => {
+                Relay::between(input.as_fd(), output.as_fd(), Some(error.as_fd()), streams)
+            }
         }
     }
 }
@@ -51,7 +75,7 @@ pub struct Attached {
     container_id: String,
     exec_id: String,
     relay: Relay,
-    screen: Option<Screen>,
+    host: HostStdio,
     wait: CallId,
     status: Option<i32>,
 }
@@ -63,7 +87,7 @@ impl Attached {
         container_id: &str,
         exec_id: &str,
         relay: Relay,
-        screen: Option<Screen>,
+        host: HostStdio,
     ) -> Result<Self, RpcError> {
         let request = WaitProcessRequest {
             container_id: container_id.to_owned(),
@@ -76,7 +100,7 @@ impl Attached {
             container_id: container_id.to_owned(),
             exec_id: exec_id.to_owned(),
             relay,
-            screen,
+            host,
             wait,
             status: None,
         })
@@ -144,8 +168,8 @@ impl Attached {
             return;
         }
         for signal in caught {
-            let result = match (signal, &self.screen) {
-                (Caught::Forward(signal), _) => rpc.send(
+            let result = match signal {
+                Caught::Forward(signal) => rpc.send(
                     "SignalProcess",
                     &SignalProcessRequest {
                         container_id: self.container_id.clone(),
@@ -154,8 +178,8 @@ impl Attached {
                         ..Default::default()
                     },
                 ),
-                (Caught::Resized, Some(screen)) => {
-                    let (rows, columns) = screen.size();
+                Caught::Resized if self.host.is_terminal() => {
+                    let (rows, columns) = self.host.size();
                     rpc.send(
                         "ResizeTerminal",
                         &ResizeTerminalRequest {
@@ -167,7 +191,7 @@ impl Attached {
                         },
                     )
                 }
-                (Caught::Resized, None) => continue,
+                Caught::Resized => continue,
             };
             if let Err(error) = result {
                 self.lost(&error);

@@ -23,7 +23,7 @@ use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
 use super::{
-    attach::{Attached, Screen},
+    attach::{Attached, HostStdio},
     sandbox::{ContainerOrder, Sandbox},
 };
 use crate::{
@@ -111,14 +111,14 @@ pub enum LaunchError {
 /// Starts a VM: given the program and where its log goes.
 pub type VmStarter<'s> = &'s dyn Fn(&Path, File) -> Result<Box<dyn Vm>, VmError>;
 
-/// Makes the sandbox. `screen` is the terminal of a process that has one.
+/// Makes the sandbox.
 pub fn launch<'a>(
     order: &ContainerOrder,
     (loaded, checked): (&Loaded, &Checked),
     container: &'a Container,
     start_vm: VmStarter<'_>,
     signals: &mut Signals,
-    screen: Option<Screen>,
+    host: HostStdio,
 ) -> Result<Sandbox<'a>, LaunchError> {
     let mut timeline = Timeline {
         runtime_started: Moment::at(order.began),
@@ -134,7 +134,7 @@ pub fn launch<'a>(
         spec: &loaded.spec,
         vm,
         ready: ReadyListener::bind(sockets.as_fd())?,
-        cgroup: Cgroup::locate(cgroups_path(&loaded.spec), &order.id)?,
+        cgroup: locate_cgroup(&loaded.spec, &order.id)?,
         limits: Limits::of(&loaded.spec, guest),
         signals,
         timeline,
@@ -146,20 +146,15 @@ pub fn launch<'a>(
     launch.record_cgroup()?;
     launch.boot()?;
     launch.create_hooks()?;
-    let (rpc, relay) = launch.create_container(
-        order,
-        &loaded.bytes,
-        &share,
-        sockets.as_fd(),
-        screen.as_ref(),
-    )?;
+    let (rpc, relay) =
+        launch.create_container(order, &loaded.bytes, &share, sockets.as_fd(), &host)?;
     launch.cgroup.limit_cpu_time(&launch.limits)?;
     launch.record_created()?;
     launch.timeline.container_created = Some(Moment::now());
     Ok(Sandbox {
         container,
         vm: launch.vm,
-        process: Attached::new(rpc, &order.id, "", relay, screen).map_err(LaunchError::Agent)?,
+        process: Attached::new(rpc, &order.id, "", relay, host).map_err(LaunchError::Agent)?,
         timeline: launch.timeline,
         timeline_file: order.timeline.clone(),
     })
@@ -185,10 +180,16 @@ fn host_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn cgroups_path(spec: &Spec) -> Option<&Path> {
-    spec.linux()
+fn locate_cgroup(spec: &Spec, id: &str) -> Result<Cgroup, CgroupError> {
+    // Unit tests need neither root nor a host whose cgroups may be changed.
+    if cfg!(test) {
+        return Ok(Cgroup::nowhere());
+    }
+    let path = spec
+        .linux()
         .as_ref()
-        .and_then(|linux| linux.cgroups_path().as_deref())
+        .and_then(|linux| linux.cgroups_path().as_deref());
+    Cgroup::locate(path, id)
 }
 
 fn vm_config(
@@ -347,12 +348,12 @@ impl Launch<'_, '_> {
         spec: &[u8],
         share: &Share,
         sockets: BorrowedFd<'_>,
-        screen: Option<&Screen>,
+        host: &HostStdio,
     ) -> Result<(RpcClient, Relay), LaunchError> {
         let deadline = Deadline::after(CALL_LIMIT);
         // All connections are asked for before the first is waited for.
         let rpc = Connecting::rpc(sockets)?;
-        let streams = ConnectingStreams::begin(sockets, screen.is_some())?;
+        let streams = ConnectingStreams::begin(sockets, host.is_terminal())?;
         let mut rpc = RpcClient::new(rpc.finish(deadline)?)
             .map_err(|error| LaunchError::Io("use the connection to the agent", error))?;
         let request = SetUpSandboxRequest {
@@ -362,7 +363,7 @@ impl Launch<'_, '_> {
         };
         let _: SetUpSandboxResponse = self.call(&mut rpc, "SetUpSandbox", &request)?;
         let (streams, stdio) = streams.finish(deadline)?;
-        let (rows, columns) = screen.map_or((0, 0), Screen::size);
+        let (rows, columns) = host.size();
         let request = CreateContainerRequest {
             container_id: order.id.clone(),
             spec: spec.to_vec(),
@@ -378,7 +379,8 @@ impl Launch<'_, '_> {
             ..Default::default()
         };
         let _: CreateContainerResponse = self.call(&mut rpc, "CreateContainer", &request)?;
-        let relay = super::exec::relay(streams, screen)
+        let relay = host
+            .relay(streams)
             .map_err(|error| LaunchError::Io("use the standard streams", error))?;
         Ok((rpc, relay))
     }

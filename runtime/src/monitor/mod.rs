@@ -13,8 +13,10 @@ mod exec;
 mod handover;
 mod launch;
 mod sandbox;
+#[cfg(test)]
+mod tests;
 
-pub use attach::{Attached, Screen};
+pub use attach::{Attached, HostStdio};
 pub use exec::{ExecOrder, join};
 pub use handover::{HandoverError, Order, Outcome, Waiting, receive, report, spawn};
 pub use launch::{LaunchError, VmStarter, launch};

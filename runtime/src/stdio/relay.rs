@@ -277,7 +277,8 @@ impl Relay {
         Ok(relay)
     }
 
-    fn between(
+    /// Between these descriptors and the guest's streams.
+    pub fn between(
         stdin: BorrowedFd<'_>,
         stdout: BorrowedFd<'_>,
         stderr: Option<BorrowedFd<'_>>,
@@ -307,13 +308,13 @@ impl Relay {
     pub fn terminal(
         input: BorrowedFd<'_>,
         output: BorrowedFd<'_>,
-        stream: UnixStream,
+        mut streams: Streams,
     ) -> io::Result<Self> {
-        let streams = Streams {
-            stdout: Some(stream.try_clone()?),
-            stdin: Some(stream),
-            stderr: None,
-        };
+        streams.stdout = streams
+            .stdin
+            .as_ref()
+            .map(UnixStream::try_clone)
+            .transpose()?;
         let mut relay = Self::between(input, output, None, streams)?;
         if let Some(input) = &mut relay.input {
             input.pass_end = false;

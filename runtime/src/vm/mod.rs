@@ -1,6 +1,8 @@
 //! The virtual machine as the monitor drives it. How its events become a running sandbox is the
 //! monitor's business.
 
+#[cfg(test)]
+pub mod fake;
 mod process;
 
 use std::{io, os::fd::BorrowedFd, path::PathBuf};
