@@ -129,9 +129,8 @@ pub fn surroundings(share: &Path, mounted: Result<()>) -> Result<Surroundings> {
         openat(CWD, path, flags | OFlags::CLOEXEC, Mode::empty())
             .or_cannot(|| format!("open {}", path.display()))
     };
-    let share = mounted.and_then(|()| open(share, OFlags::PATH | OFlags::DIRECTORY));
     Ok(Surroundings {
-        share,
+        share: mounted.map(|()| share.to_owned()),
         proc: open(Path::new("/proc"), OFlags::PATH | OFlags::DIRECTORY)?,
         pid_namespace: open(Path::new("/proc/self/ns/pid"), OFlags::RDONLY)?,
         reaper: Arc::new(Reaper::default()),

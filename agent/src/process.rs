@@ -83,10 +83,10 @@ impl Process {
             let out_of_memory = first_of
                 .as_ref()
                 .is_some_and(|(cgroup, _)| cgroup.out_of_memory());
-            if let Some((cgroup, true)) = first_of {
-                if let Err(error) = cgroup.kill().await {
-                    tracing::warn!(error = %error.chain(), "the container's processes live on");
-                }
+            if let Some((cgroup, true)) = first_of
+                && let Err(error) = cgroup.kill().await
+            {
+                tracing::warn!(error = %error.chain(), "the container's processes live on");
             }
             reaped_sender.send_replace(true);
             output.await;

@@ -304,11 +304,11 @@ async fn carry_terminal(
     let mut buffer = vec![0; CHUNK];
     let input = async {
         // The host's end of file does not hang the terminal up: the process may go on printing.
-        report("terminal input", &copy(&connection, &*master).await);
+        report("terminal input", &copy(&connection, &master).await);
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        moved = copy(&*master, &connection) => report("terminal output", &moved),
+        moved = copy(&master, &connection) => report("terminal output", &moved),
         () = input => {}
         () = until(&mut ended) => {
             // Reading flushes what the process has printed into the master's buffer before it

@@ -16,7 +16,10 @@ use rustix::{
 };
 use tokio::io::Interest;
 
-use super::{device_filter, resources::Setting};
+use super::{
+    device_filter,
+    resources::{Available, Setting},
+};
 use crate::{
     error::{Attempt, Error, Result},
     sys,
@@ -48,6 +51,16 @@ pub fn delegate_controllers() -> io::Result<()> {
     std::fs::write(root.join("cgroup.subtree_control"), enable.join(" "))
 }
 
+/// The guest's CPUs and memory nodes; empty without a cpuset controller, whose settings then fail
+/// by name.
+pub(super) fn available() -> Available {
+    let read = |file| std::fs::read_to_string(Path::new(MOUNT_POINT).join(file));
+    Available {
+        cpus: read("cpuset.cpus.effective").unwrap_or_default(),
+        mems: read("cpuset.mems.effective").unwrap_or_default(),
+    }
+}
+
 impl Cgroup {
     /// Makes the container's cgroup. Its name has a prefix, so that no container's id is the name
     /// of a file that the kernel keeps there.
@@ -69,6 +82,11 @@ impl Cgroup {
             directory,
             removed,
         })
+    }
+
+    /// Where it is, for mount namespaces other than the agent's.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Its directory.

@@ -135,8 +135,11 @@ impl Child {
         let Err(error) = set_up();
         let mut report = error.report();
         // Half of the longest, as JSON may need two bytes for one.
-        let end = report.message.floor_char_boundary(LONGEST / 2 - 100);
-        report.message.truncate(end);
+        let longest = LONGEST / 2 - 100;
+        if report.message.len() > longest {
+            let cut = String::from_utf8_lossy(&report.message.as_bytes()[..longest]);
+            report.message = cut.into_owned();
+        }
         // If nobody listens any more, nobody wants to know.
         let _ = self.send(&Message::Failed(report), None);
         sys::exit_now(1)

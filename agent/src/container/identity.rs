@@ -254,7 +254,7 @@ impl Plan {
     /// Applies what needs privileges of the agent: limits, scheduling, priority, the bounding set.
     pub(super) fn apply_limits(&self) -> Result<()> {
         for (resource, limit) in &self.rlimits {
-            setrlimit(*resource, limit.clone())
+            setrlimit(*resource, *limit)
                 .or_cannot(|| format!("set the limit {resource:?} (process.rlimits)"))?;
         }
         if let Some(attributes) = self.scheduling {

@@ -32,12 +32,13 @@ use crate::{
 pub(super) struct Init<'a> {
     /// What to do.
     pub plan: &'a Plan,
-    /// Root of the share.
-    pub share: BorrowedFd<'a>,
+    /// Where the share is mounted. A path: mounts can be cloned only from the mount namespace of
+    /// this process, which the agent's descriptors do not lead to.
+    pub share: &'a Path,
     /// The agent's procfs.
     pub proc: BorrowedFd<'a>,
-    /// The container's cgroup, in which this process was born.
-    pub cgroup: BorrowedFd<'a>,
+    /// Where the container's cgroup is, in which this process was born.
+    pub cgroup: &'a Path,
     /// Standard streams.
     pub io: ChildIo,
     /// To the agent.
@@ -52,8 +53,10 @@ impl Init<'_> {
         umask(Mode::empty());
         setsid().or_cannot(|| "make a session for the container")?;
         self.enter_namespaces()?;
-        let rootfs = self.mount_rootfs()?;
-        self.fill_rootfs(&rootfs)?;
+        self.leave_mounts_of_guest()?;
+        let share = open_directory(self.share)?;
+        let rootfs = self.mount_rootfs(share.as_fd())?;
+        self.fill_rootfs(&rootfs, share.as_fd())?;
         let process = &self.plan.process;
         let console = self.plan.terminal.map(|size| {
             let slave = terminal::open(&rootfs, size, process.uid, self.channel)?;
@@ -71,10 +74,8 @@ impl Init<'_> {
     /// The agent's descriptors are of no concern here, and keeping streams of other containers
     /// open would hide their ends.
     fn close_the_rest(&self) {
-        let mut keep: Vec<RawFd> = [self.share, self.proc, self.cgroup]
-            .iter()
-            .map(AsRawFd::as_raw_fd)
-            .chain([self.channel.raw()])
+        let mut keep: Vec<RawFd> = [self.proc.as_raw_fd(), self.channel.raw()]
+            .into_iter()
             .chain(self.io.raw())
             .collect();
         sys::close_all_but(&mut keep);
@@ -110,32 +111,38 @@ impl Init<'_> {
         Ok(())
     }
 
-    /// Mounts the rootfs over its own place in the share, where only this mount namespace sees it.
-    fn mount_rootfs(&self) -> Result<Tree> {
-        // Nothing that happens here may be seen by the agent.
+    /// Nothing that is mounted here may be seen by the agent.
+    fn leave_mounts_of_guest(&self) -> Result<()> {
         let above = if self.plan.propagation.0 == libc::MS_PRIVATE {
             MountPropagationFlags::PRIVATE
         } else {
             MountPropagationFlags::DOWNSTREAM
         };
         mount_change("/", above | MountPropagationFlags::REC)
-            .or_cannot(|| "detach the container's mounts from the guest's")?;
+            .or_cannot(|| "detach the container's mounts from the guest's")
+    }
+
+    /// Mounts the rootfs over its own place in the share, where only this mount namespace sees it.
+    fn mount_rootfs(&self, share: BorrowedFd<'_>) -> Result<Tree> {
         let action = || {
             format!(
                 "mount the rootfs {} of the share (root.path)",
                 self.plan.rootfs
             )
         };
-        let source = mounts::open_shared(self.share, &self.plan.rootfs).or_cannot(action)?;
+        let source = mounts::open_shared(share, &self.plan.rootfs).or_cannot(action)?;
         let mount = mounts::clone_mount(source.as_fd(), true).or_cannot(action)?;
         mounts::attach(&mount, &source).or_cannot(action)?;
         Ok(Tree::new(mount))
     }
 
-    fn fill_rootfs(&self, rootfs: &Tree) -> Result<()> {
+    fn fill_rootfs(&self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<()> {
+        // With a namespace of its own, a new mount shows the container its cgroup as the root.
+        let shared = !self.plan.namespaces.cgroup;
+        let control_group = shared.then(|| open_directory(self.cgroup)).transpose()?;
         let sources = Sources {
-            share: self.share,
-            control_group: (!self.plan.namespaces.cgroup).then_some(self.cgroup),
+            share,
+            control_group: control_group.as_ref().map(AsFd::as_fd),
         };
         for mount in &self.plan.mounts {
             mount.mount(rootfs, &sources)?;
@@ -231,6 +238,11 @@ impl Init<'_> {
         }
         program::execute(&program, &process.arguments, &environment)
     }
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    fs::open(path, flags, Mode::empty()).or_cannot(|| format!("open {}", path.display()))
 }
 
 fn write_at(directory: BorrowedFd<'_>, path: &str, value: &str) -> std::io::Result<()> {

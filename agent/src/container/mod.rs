@@ -31,7 +31,7 @@ use std::{
     collections::HashMap,
     ffi::CString,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -62,8 +62,8 @@ use crate::{
 /// What set-ups use of the guest.
 #[derive(Debug)]
 pub struct Surroundings {
-    /// Root of the share, or why there is none.
-    pub share: Result<OwnedFd>,
+    /// Where the share is mounted, or why it is not.
+    pub share: Result<PathBuf>,
     /// A procfs of the agent's PID namespace.
     pub proc: OwnedFd,
     /// The agent's own PID namespace.
@@ -75,10 +75,10 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
-    /// Root of the share, if there is one.
-    fn share(&self) -> Result<BorrowedFd<'_>> {
+    /// Where the share is mounted, if it is.
+    fn share(&self) -> Result<&Path> {
         match &self.share {
-            Ok(share) => Ok(share.as_fd()),
+            Ok(share) => Ok(share),
             Err(error) => Err(Error::Reported(error.report())),
         }
     }
@@ -108,7 +108,7 @@ impl Container {
         surroundings: &Surroundings,
         request: &CreateContainerRequest,
     ) -> Result<Self> {
-        let plan = plan::plan(request)?;
+        let plan = plan::plan(request, &cgroup::available())?;
         let share = surroundings.share()?;
         let (child_io, agent_io) = stdio::connect(
             &surroundings.streams,
@@ -129,7 +129,7 @@ impl Container {
                     plan: &plan,
                     share,
                     proc: surroundings.proc.as_fd(),
-                    cgroup: cgroup.directory(),
+                    cgroup: cgroup.path(),
                     io: child_io,
                     channel,
                 }

@@ -94,14 +94,12 @@ pub(super) fn parse(field: &str, options: &[String]) -> Result<MountOptions> {
     for option in options {
         parse_one(field, option, &mut parsed)?;
     }
-    if parsed.bind.is_some() {
-        if let Some(flag) = parsed.superblock.first() {
-            let reason = "a bind mount shares its source's superblock; remove the option";
-            return Err(Error::unsupported(
-                format!("{field}.options {flag}"),
-                reason,
-            ));
-        }
+    if let (Some(_), Some(flag)) = (parsed.bind, parsed.superblock.first()) {
+        let reason = "a bind mount shares its source's superblock; remove the option";
+        return Err(Error::unsupported(
+            format!("{field}.options {flag}"),
+            reason,
+        ));
     }
     Ok(parsed)
 }

@@ -13,7 +13,7 @@ use super::{
     devices::{self, DeviceNode},
     identity, mount_options,
     mounts::{self, MountPlan},
-    resources::{self, Setting},
+    resources::{self, Available, Setting},
     seccomp, sysctl,
 };
 use crate::error::{Error, Result};
@@ -88,7 +88,7 @@ impl Namespaces {
 }
 
 /// Checks the request.
-pub(super) fn plan(request: &CreateContainerRequest) -> Result<Plan> {
+pub(super) fn plan(request: &CreateContainerRequest, available: &Available) -> Result<Plan> {
     check_id(&request.container_id)?;
     let spec: Spec = serde_json::from_slice(&request.spec)
         .map_err(|error| Error::invalid("config.json", error.to_string()))?;
@@ -126,7 +126,7 @@ pub(super) fn plan(request: &CreateContainerRequest) -> Result<Plan> {
         devices: devices::plan(linux.devices().as_deref().unwrap_or_default())?,
         device_rules: device_filter::rules(rules)?,
         settings: resources
-            .map(resources::settings)
+            .map(|resources| resources::settings(resources, available))
             .transpose()?
             .unwrap_or_default(),
         sysctls: sysctl::plan(linux.sysctl().as_ref(), &namespaces)?,

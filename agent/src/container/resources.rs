@@ -3,9 +3,7 @@
 
 use std::collections::HashMap;
 
-use oci_spec::runtime::{
-    LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
-};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 
 use crate::error::{Error, Result};
 
@@ -20,13 +18,22 @@ pub struct Setting {
     pub value: String,
 }
 
+/// CPUs and memory nodes of the guest, as the kernel lists them ("0-3,5").
+#[derive(Clone, Debug, Default)]
+pub(super) struct Available {
+    /// CPUs.
+    pub(super) cpus: String,
+    /// Memory nodes.
+    pub(super) mems: String,
+}
+
 const PREFIX: &str = "linux.resources";
 
 /// The settings that the resources ask for, in the order in which they are written.
-pub(super) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
+pub(super) fn settings(resources: &LinuxResources, available: &Available) -> Result<Vec<Setting>> {
     let mut settings = Settings::default();
     if let Some(cpu) = resources.cpu() {
-        cpu_settings(cpu, &mut settings)?;
+        cpu_settings(cpu, available, &mut settings)?;
     }
     if let Some(memory) = resources.memory() {
         memory_settings(memory, &mut settings)?;
@@ -39,7 +46,7 @@ pub(super) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
         }
     }
     if let Some(block_io) = resources.block_io() {
-        block_io_settings(block_io, &mut settings)?;
+        check_block_io(block_io)?;
     }
     for (index, limit) in resources.hugepage_limits().iter().flatten().enumerate() {
         hugepage_settings(index, limit, &mut settings)?;
@@ -72,18 +79,24 @@ fn unsupported(field: &str, reason: &str) -> Error {
 
 const V1_ONLY: &str = "cgroup v2 has no such setting; remove it";
 
-fn cpu_settings(cpu: &LinuxCpu, settings: &mut Settings) -> Result<()> {
+fn cpu_settings(cpu: &LinuxCpu, available: &Available, settings: &mut Settings) -> Result<()> {
     if cpu.realtime_runtime().is_some_and(|v| v != 0) {
         return Err(unsupported("cpu.realtimeRuntime", V1_ONLY));
     }
     if cpu.realtime_period().is_some_and(|v| v != 0) {
         return Err(unsupported("cpu.realtimePeriod", V1_ONLY));
     }
-    if let Some(cpus) = cpu.cpus().as_deref().filter(|c| !c.is_empty()) {
-        settings.add("cpu.cpus", "cpuset.cpus", cpus);
-    }
-    if let Some(mems) = cpu.mems().as_deref().filter(|m| !m.is_empty()) {
-        settings.add("cpu.mems", "cpuset.mems", mems);
+    let sets = [
+        ("cpu.cpus", "cpuset.cpus", cpu.cpus(), &available.cpus),
+        ("cpu.mems", "cpuset.mems", cpu.mems(), &available.mems),
+    ];
+    for (field, file, wanted, available) in sets {
+        let wanted = wanted.as_deref().unwrap_or_default();
+        let set = shared_numbers(wanted, available)
+            .ok_or_else(|| invalid(field, format!("{wanted:?} is no list such as 0-3,5")))?;
+        if !set.is_empty() {
+            settings.add(field, file, set);
+        }
     }
     if let Some(idle) = cpu.idle() {
         settings.add("cpu.idle", "cpu.idle", idle);
@@ -105,6 +118,38 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Settings) -> Result<()> {
         settings.add("cpu.burst", "cpu.max.burst", burst);
     }
     Ok(())
+}
+
+/// The numbers of `wanted` that are `available` too. The spec names those of the host, to which
+/// the host confines the whole guest; here they only choose among the guest's own, and none left
+/// means no choice. Lists are as in cpuset(7), "List format".
+fn shared_numbers(wanted: &str, available: &str) -> Option<String> {
+    /// More than any kernel has: a list must not make a long loop.
+    const MOST: u32 = 8192;
+    let ranges = |list: &str| -> Option<Vec<(u32, u32)>> {
+        let parts = list
+            .trim()
+            .split(',')
+            .map(str::trim)
+            .filter(|p| !p.is_empty());
+        let parse = |part: &str| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let range = (first.parse().ok()?, last.parse().ok()?);
+            (range.0 <= range.1 && range.1 < MOST).then_some(range)
+        };
+        parts.map(parse).collect()
+    };
+    let (wanted, available) = (ranges(wanted)?, ranges(available)?);
+    let both = |number: &u32| {
+        let within = |(first, last): &(u32, u32)| (*first..=*last).contains(number);
+        wanted.iter().any(within) && available.iter().any(within)
+    };
+    let last = available.iter().map(|range| range.1).max().unwrap_or(0);
+    let numbers: Vec<_> = (0..=last)
+        .filter(both)
+        .map(|number| number.to_string())
+        .collect();
+    Some(numbers.join(","))
 }
 
 /// Maps shares, 2 to 262144, onto the weights 1 to 10000.
@@ -166,68 +211,26 @@ fn swap_limit(both: i64, memory: Option<i64>) -> Result<Option<i64>> {
     }
 }
 
-fn block_io_settings(block_io: &LinuxBlockIo, settings: &mut Settings) -> Result<()> {
-    let weight = |value: u16| {
-        let value = u64::from(value);
-        if !(10..=1000).contains(&value) {
-            return Err(invalid(
-                "blockIO.weight",
-                format!("{value} is not in 10 to 1000"),
-            ));
-        }
-        Ok(1 + (value - 10) * 9999 / 990)
-    };
-    if block_io.leaf_weight().is_some_and(|w| w != 0) {
+/// Limits of block devices name the host's devices: the host applies them to the whole guest, and
+/// nothing is left to do here. What no cgroup v2 can do is refused all the same.
+fn check_block_io(block_io: &LinuxBlockIo) -> Result<()> {
+    if block_io.leaf_weight().is_some_and(|weight| weight != 0) {
         return Err(unsupported("blockIO.leafWeight", V1_ONLY));
     }
-    if let Some(value) = block_io.weight().filter(|w| *w != 0) {
-        settings.add(
+    let devices = block_io.weight_device().as_deref().unwrap_or_default();
+    if devices
+        .iter()
+        .any(|device| device.leaf_weight().is_some_and(|weight| weight != 0))
+    {
+        return Err(unsupported("blockIO.weightDevice.leafWeight", V1_ONLY));
+    }
+    match block_io.weight() {
+        None | Some(0 | 10..=1000) => Ok(()),
+        Some(weight) => Err(invalid(
             "blockIO.weight",
-            "io.weight",
-            format!("default {}", weight(value)?),
-        );
+            format!("{weight} is not in 10 to 1000"),
+        )),
     }
-    for device in block_io.weight_device().iter().flatten() {
-        if device.leaf_weight().is_some_and(|w| w != 0) {
-            return Err(unsupported("blockIO.weightDevice.leafWeight", V1_ONLY));
-        }
-        let Some(value) = device.weight().filter(|w| *w != 0) else {
-            continue;
-        };
-        let value = format!("{}:{} {}", device.major(), device.minor(), weight(value)?);
-        settings.add("blockIO.weightDevice", "io.weight", value);
-    }
-    let mut throttle = |field: &str, key: &str, devices: &Option<Vec<LinuxThrottleDevice>>| {
-        for device in devices.iter().flatten() {
-            let rate = match device.rate() {
-                0 => "max".to_owned(),
-                rate => rate.to_string(),
-            };
-            let value = format!("{}:{} {key}={rate}", device.major(), device.minor());
-            settings.add(&format!("blockIO.{field}"), "io.max", value);
-        }
-    };
-    throttle(
-        "throttleReadBpsDevice",
-        "rbps",
-        block_io.throttle_read_bps_device(),
-    );
-    throttle(
-        "throttleWriteBpsDevice",
-        "wbps",
-        block_io.throttle_write_bps_device(),
-    );
-    throttle(
-        "throttleReadIOPSDevice",
-        "riops",
-        block_io.throttle_read_iops_device(),
-    );
-    throttle(
-        "throttleWriteIOPSDevice",
-        "wiops",
-        block_io.throttle_write_iops_device(),
-    );
-    Ok(())
 }
 
 fn hugepage_settings(
@@ -301,7 +304,11 @@ mod tests {
 
     fn of(json: serde_json::Value) -> Result<Vec<(String, String)>> {
         let resources: LinuxResources = serde_json::from_value(json).expect("resources");
-        let settings = settings(&resources)?;
+        let available = Available {
+            cpus: "0-2".to_owned(),
+            mems: "0".to_owned(),
+        };
+        let settings = settings(&resources, &available)?;
         Ok(settings.into_iter().map(|s| (s.file, s.value)).collect())
     }
 
@@ -335,8 +342,28 @@ mod tests {
         );
         assert_eq!(
             one(serde_json::json!({"cpu": {"cpus": "0-1"}})),
-            pair("cpuset.cpus", "0-1")
+            pair("cpuset.cpus", "0,1")
         );
+    }
+
+    #[test]
+    fn cpus_of_the_host_choose_among_those_of_the_guest() {
+        for (wanted, expected) in [
+            ("0-1", "0,1"),
+            ("1,4-7", "1"),
+            ("4-7", ""),
+            ("", ""),
+            ("2", "2"),
+        ] {
+            assert_eq!(
+                shared_numbers(wanted, "0-2\n").as_deref(),
+                Some(expected),
+                "{wanted}"
+            );
+        }
+        for wrong in ["x", "3-1", "0-99999999", "1-", "-"] {
+            assert_eq!(shared_numbers(wrong, "0-2"), None, "{wrong}");
+        }
     }
 
     #[test]
@@ -367,11 +394,9 @@ mod tests {
             one(serde_json::json!({"pids": {"limit": -1}})),
             pair("pids.max", "max")
         );
-        let weight = serde_json::json!({"blockIO": {"weight": 1000}});
-        assert_eq!(one(weight), pair("io.weight", "default 10000"));
-        let throttle = serde_json::json!({"blockIO": {"throttleReadBpsDevice":
+        let host = serde_json::json!({"blockIO": {"weight": 1000, "throttleReadBpsDevice":
             [{"major": 254, "minor": 0, "rate": 4096}]}});
-        assert_eq!(one(throttle), pair("io.max", "254:0 rbps=4096"));
+        assert_eq!(of(host).expect("valid"), []);
         let pages = serde_json::json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 0}]});
         assert_eq!(one(pages), pair("hugetlb.2MB.max", "0"));
         let unified = serde_json::json!({"unified": {"memory.high": "5"}});

@@ -1,0 +1,534 @@
+//! Starts the service in namespaces of its own and speaks to it.
+
+mod serve;
+
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    io::{BufRead, BufReader, Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio as Standard},
+    thread,
+};
+
+use bulkhead_agent_protocol::{
+    client::AgentClient,
+    messages::{
+        ContainerRequest, CreateContainerRequest, ExecProcessRequest, RemoveContainerRequest,
+        ResizeTerminalRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+        WaitProcessRequest,
+    },
+};
+use serde_json::{Value, json};
+use ttrpc::context::with_timeout;
+
+/// How long any request may take, nanoseconds.
+const DEADLINE: i64 = 30_000_000_000;
+
+/// A name and what it checks.
+pub(crate) type Case = (&'static str, fn(&Fixture));
+
+/// Runs the cases whose names contain the arguments, or serves.
+pub(crate) fn main(cases: &[Case]) {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    if let [mode, directory] = arguments.as_slice()
+        && mode == "serve-requests"
+    {
+        serve::run(Path::new(directory));
+    }
+    let missing = [
+        (!rustix::process::getuid().is_root()).then_some("root"),
+        (!Path::new("/bin/busybox").exists()).then_some("/bin/busybox (package busybox-static)"),
+    ];
+    if let Some(missing) = missing.into_iter().flatten().next() {
+        println!("skipped: needs {missing}");
+        return;
+    }
+    let wanted: Vec<_> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
+    let mut failed = 0;
+    for (name, case) in cases {
+        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
+            continue;
+        }
+        let fixture = Fixture::new();
+        let outcome = catch_unwind(AssertUnwindSafe(|| case(&fixture)));
+        println!(
+            "{} {name}",
+            if outcome.is_ok() { "ok    " } else { "FAILED" }
+        );
+        failed += usize::from(outcome.is_err());
+    }
+    assert_eq!(failed, 0, "{failed} cases failed");
+}
+
+/// A minimal spec that runs the arguments.
+pub(crate) fn spec(arguments: &[&str]) -> Value {
+    let capabilities = json!([
+        "CAP_CHOWN",
+        "CAP_KILL",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_DAC_OVERRIDE"
+    ]);
+    json!({
+        "ociVersion": "1.2.0",
+        "root": {"path": "rootfs"},
+        "hostname": "inside",
+        "process": {
+            "user": {"uid": 0, "gid": 0}, "cwd": "/", "args": arguments,
+            "env": ["PATH=/bin:/sbin"],
+            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+        },
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+        ],
+        "linux": {"namespaces": [
+            {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"},
+        ]},
+    })
+}
+
+/// Adds a mount and returns its index.
+pub(crate) fn add_mount(spec: &mut Value, mount: Value) -> u32 {
+    let mounts = spec["mounts"].as_array_mut().expect("mounts");
+    mounts.push(mount);
+    u32::try_from(mounts.len() - 1).expect("few")
+}
+
+/// Writes all.
+pub(crate) fn write(stream: &mut UnixStream, data: &[u8]) {
+    stream.write_all(data).expect("written");
+}
+
+/// Reads to the end.
+pub(crate) fn read_all(stream: &mut UnixStream) -> String {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).expect("read");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A served agent with a share of its own.
+pub(crate) struct Fixture {
+    directory: PathBuf,
+    server: Child,
+    client: AgentClient,
+    next_stream: Cell<u64>,
+}
+
+/// Answer to the creation of a container.
+pub(crate) enum Reply {
+    Created(i32),
+    Refused(String, String),
+}
+
+/// What a process left.
+pub(crate) struct Run {
+    pub(crate) stdout: String,
+    pub(crate) raw_stdout: Vec<u8>,
+    pub(crate) stderr: String,
+    pub(crate) status: i32,
+}
+
+fn shell(directory: &Path, script: &str) {
+    let status = Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(directory)
+        .status();
+    assert!(status.expect("sh").success(), "{script}");
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let name = format!("bulkhead-agent-{}-{:p}", std::process::id(), &DEADLINE);
+        let directory = std::env::temp_dir().join(name);
+        let _ = std::fs::remove_dir_all(&directory);
+        let rootfs = directory.join("share/rootfs");
+        std::fs::create_dir_all(rootfs.join("bin")).expect("made");
+        std::fs::create_dir_all(directory.join("outside")).expect("made");
+        shell(
+            &rootfs,
+            "mkdir etc sbin proc sys dev; cp /bin/busybox bin/; \
+            for a in $(/bin/busybox --list); do test $a = busybox || ln -s busybox bin/$a; done",
+        );
+        let program = std::env::current_exe().expect("own path");
+        let mut server = Command::new("unshare")
+            .args([
+                "--mount",
+                "--pid",
+                "--ipc",
+                "--uts",
+                "--net",
+                "--fork",
+                "--kill-child",
+            ])
+            .args(["--propagation", "private", "--"])
+            .arg(program)
+            .arg("serve-requests")
+            .arg(&directory)
+            .stdout(Standard::piped())
+            .spawn()
+            .expect("unshare");
+        // The server says a word when its sockets are there.
+        let mut line = String::new();
+        BufReader::new(server.stdout.take().expect("piped"))
+            .read_line(&mut line)
+            .expect("read");
+        assert_eq!(line, "ready\n");
+        let address = format!("unix://{}", directory.join("rpc").display());
+        let client = AgentClient::new(ttrpc::Client::connect(&address).expect("connected"));
+        Self {
+            directory,
+            server,
+            client,
+            next_stream: Cell::new(1),
+        }
+    }
+
+    /// Where nothing may appear.
+    pub(crate) fn outside(&self) -> PathBuf {
+        self.directory.join("outside")
+    }
+
+    pub(crate) fn in_share(&self, script: &str) {
+        shell(&self.directory.join("share"), script);
+    }
+
+    pub(crate) fn in_rootfs(&self, script: &str) {
+        shell(&self.directory.join("share/rootfs"), script);
+    }
+
+    /// Connects a stream and returns its number.
+    pub(crate) fn stream(&self) -> (u64, UnixStream) {
+        let number = self.next_stream.replace(self.next_stream.get() + 1);
+        let mut stream = UnixStream::connect(self.directory.join("stdio")).expect("connected");
+        stream.write_all(&number.to_le_bytes()).expect("written");
+        (number, stream)
+    }
+
+    pub(crate) fn container(&self, id: &str) -> Container<'_> {
+        Container {
+            fixture: self,
+            id: id.to_owned(),
+        }
+    }
+
+    fn create(&self, id: &str, spec: &Value, binds: &[(u32, &str)], stdio: Stdio) -> Reply {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec: serde_json::to_vec(spec).expect("JSON"),
+            rootfs: "rootfs".to_owned(),
+            bind_sources: binds
+                .iter()
+                .map(|(i, s)| (*i, (*s).to_owned()))
+                .collect::<HashMap<_, _>>(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        match self
+            .client
+            .create_container(with_timeout(DEADLINE), &request)
+        {
+            Ok(response) => Reply::Created(response.pid),
+            Err(error) => {
+                let (code, message) = status(error);
+                Reply::Refused(code, message)
+            }
+        }
+    }
+
+    pub(crate) fn try_create(&self, id: &str, spec: &Value, binds: &[(u32, &str)]) -> Reply {
+        self.create(id, spec, binds, Stdio::new())
+    }
+
+    /// Creates and starts.
+    pub(crate) fn start(&self, id: &str, spec: &Value, stdio: Stdio) -> Container<'_> {
+        match self.create(id, spec, &[], stdio) {
+            Reply::Created(pid) => assert!(pid > 0),
+            Reply::Refused(code, message) => panic!("{code}: {message}"),
+        }
+        let container = self.container(id);
+        container.try_start().expect("started");
+        container
+    }
+
+    /// Creates, starts, waits and removes.
+    pub(crate) fn run(&self, id: &str, arguments: &[&str]) -> Run {
+        self.run_spec(id, &spec(arguments), b"")
+    }
+
+    pub(crate) fn run_spec(&self, id: &str, spec: &Value, input: &[u8]) -> Run {
+        self.run_all(id, spec, &[], input)
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub(crate) fn run_with_binds(&self, id: &str, spec: &Value, binds: &[(u32, &str)]) -> Run {
+        self.run_all(id, spec, binds, b"")
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub(crate) fn try_run(&self, id: &str, spec: &Value) -> Result<(), String> {
+        self.run_all(id, spec, &[], b"").map(drop)
+    }
+
+    fn run_all(
+        &self,
+        id: &str,
+        spec: &Value,
+        binds: &[(u32, &str)],
+        input: &[u8],
+    ) -> Result<Run, String> {
+        let streams = Streams::new(self, input);
+        if let Reply::Refused(code, message) = self.create(id, spec, binds, streams.stdio()) {
+            return Err(format!("{code}: {message}"));
+        }
+        let container = self.container(id);
+        let started = container.try_start();
+        if let Err((code, message)) = started {
+            container.remove_by_force();
+            return Err(format!("{code}: {message}"));
+        }
+        let run = streams.collect(|| container.wait());
+        container.remove();
+        Ok(run)
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Three connected streams; input is written by a thread.
+struct Streams {
+    numbers: [u64; 3],
+    input: thread::JoinHandle<()>,
+    stdout: UnixStream,
+    stderr: UnixStream,
+}
+
+impl Streams {
+    fn new(fixture: &Fixture, input: &[u8]) -> Self {
+        let ((first, mut stdin), (second, stdout), (third, stderr)) =
+            (fixture.stream(), fixture.stream(), fixture.stream());
+        let input = input.to_vec();
+        let input = thread::spawn(move || {
+            // A process that does not read its input is no error.
+            let _ = stdin.write_all(&input);
+            let _ = stdin.shutdown(Shutdown::Write);
+            let _ = stdin.read_to_end(&mut Vec::new());
+        });
+        Self {
+            numbers: [first, second, third],
+            input,
+            stdout,
+            stderr,
+        }
+    }
+
+    fn stdio(&self) -> Stdio {
+        let [stdin, stdout, stderr] = self.numbers;
+        Stdio {
+            stdin,
+            stdout,
+            stderr,
+            ..Default::default()
+        }
+    }
+
+    fn collect(mut self, wait: impl FnOnce() -> i32) -> Run {
+        let stderr = thread::spawn(move || read_all(&mut self.stderr));
+        let mut raw_stdout = Vec::new();
+        self.stdout.read_to_end(&mut raw_stdout).expect("read");
+        let status = wait();
+        self.input.join().expect("input");
+        Run {
+            stdout: String::from_utf8_lossy(&raw_stdout).into_owned(),
+            raw_stdout,
+            stderr: stderr.join().expect("stderr"),
+            status,
+        }
+    }
+}
+
+fn status(error: ttrpc::Error) -> (String, String) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            let code = status.code.enum_value().expect("known");
+            (format!("{code:?}"), status.message)
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// A container by its id.
+pub(crate) struct Container<'f> {
+    fixture: &'f Fixture,
+    id: String,
+}
+
+impl Container<'_> {
+    fn client(&self) -> &AgentClient {
+        &self.fixture.client
+    }
+
+    fn request(&self) -> ContainerRequest {
+        ContainerRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn try_start(&self) -> Result<(), (String, String)> {
+        let request = StartContainerRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        };
+        self.client()
+            .start_container(with_timeout(DEADLINE), &request)
+            .map(drop)
+            .map_err(status)
+    }
+
+    fn send(&self, signal: i32, all: bool) {
+        let request = SignalProcessRequest {
+            container_id: self.id.clone(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.client()
+            .signal_process(with_timeout(DEADLINE), &request)
+            .expect("signalled");
+    }
+
+    pub(crate) fn signal(&self, signal: i32) {
+        self.send(signal, false);
+    }
+
+    pub(crate) fn signal_all(&self, signal: i32) {
+        self.send(signal, true);
+    }
+
+    pub(crate) fn wait(&self) -> i32 {
+        self.wait_for("")
+    }
+
+    fn wait_for(&self, exec_id: &str) -> i32 {
+        let request = WaitProcessRequest {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        self.client()
+            .wait_process(with_timeout(DEADLINE), &request)
+            .expect("waited")
+            .status
+    }
+
+    pub(crate) fn resize(&self, rows: u32, columns: u32) {
+        let request = ResizeTerminalRequest {
+            container_id: self.id.clone(),
+            rows,
+            columns,
+            ..Default::default()
+        };
+        self.client()
+            .resize_terminal(with_timeout(DEADLINE), &request)
+            .expect("resized");
+    }
+
+    pub(crate) fn pause(&self) {
+        self.client()
+            .pause_container(with_timeout(DEADLINE), &self.request())
+            .expect("paused");
+    }
+
+    pub(crate) fn resume(&self) {
+        self.client()
+            .resume_container(with_timeout(DEADLINE), &self.request())
+            .expect("resumed");
+    }
+
+    pub(crate) fn stats(&self) {
+        self.client()
+            .stats(with_timeout(DEADLINE), &self.request())
+            .expect("statistics");
+    }
+
+    pub(crate) fn processes(&self) -> Vec<String> {
+        let list = self
+            .client()
+            .list_processes(with_timeout(DEADLINE), &self.request());
+        list.expect("list")
+            .processes
+            .into_iter()
+            .map(|process| process.command)
+            .collect()
+    }
+
+    pub(crate) fn exec(&self, exec_id: &str, arguments: &[&str], input: &[u8]) -> Run {
+        let streams = Streams::new(self.fixture, input);
+        self.start_exec(exec_id, arguments, streams.stdio())
+            .expect("started");
+        streams.collect(|| self.wait_for(exec_id))
+    }
+
+    pub(crate) fn try_exec(&self, exec_id: &str, arguments: &[&str]) -> Result<(), String> {
+        self.start_exec(exec_id, arguments, Stdio::new())
+            .map_err(|(_, message)| message)
+    }
+
+    fn start_exec(
+        &self,
+        exec_id: &str,
+        arguments: &[&str],
+        stdio: Stdio,
+    ) -> Result<(), (String, String)> {
+        let request = ExecProcessRequest {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            process: serde_json::to_vec(&spec(arguments)["process"]).expect("JSON"),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.client()
+            .exec_process(with_timeout(DEADLINE), &request)
+            .map(drop)
+            .map_err(status)
+    }
+
+    fn removal(&self, force: bool) -> Result<(), (String, String)> {
+        let request = RemoveContainerRequest {
+            container_id: self.id.clone(),
+            force,
+            ..Default::default()
+        };
+        self.client()
+            .remove_container(with_timeout(DEADLINE), &request)
+            .map(drop)
+            .map_err(status)
+    }
+
+    pub(crate) fn try_remove(&self) -> Result<(), (String, String)> {
+        self.removal(false)
+    }
+
+    pub(crate) fn remove(&self) {
+        self.removal(false).expect("removed");
+    }
+
+    pub(crate) fn remove_by_force(&self) {
+        self.removal(true).expect("removed");
+    }
+}
