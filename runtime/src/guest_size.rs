@@ -2,11 +2,13 @@
 //!
 //! - Memory: 256 MiB, or, when the container's memory limit asks for more, the limit + 1/64 of it
 //!   (the guest kernel's page tables of contents: 64 bytes a page of 4 KiB) + 64 MiB (the guest's
-//!   kernel, agent and their caches). The limit itself is enforced in the guest.
+//!   kernel, agent and their caches). The limit itself is enforced in the guest. A guest larger
+//!   than the host's memory is refused.
 //! - CPUs: as many as the quota can keep busy, rounded up; without a quota as many as the cpuset
 //!   names; without either, one. Never more than the host has.
 
 use oci_spec::runtime::Spec;
+use thiserror::Error;
 
 /// Memory of a guest that nobody asked anything of, in MiB.
 const DEFAULT_MEMORY: u64 = 256;
@@ -25,8 +27,41 @@ pub struct GuestSize {
     pub memory_mib: u32,
 }
 
+/// The guest would be larger than the host.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error(
+    "config.json: linux.resources.memory.limit: a guest of {guest_mib} MiB of memory does not fit \
+     into this host, which has {host_mib} MiB; lower the limit, or leave it out for a guest of \
+     {DEFAULT_MEMORY} MiB"
+)]
+pub struct TooLarge {
+    guest_mib: u64,
+    host_mib: u64,
+}
+
+/// What the host has.
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    /// CPUs that this process may use.
+    pub cpus: usize,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+impl Host {
+    /// This host.
+    pub fn this() -> Self {
+        let system = rustix::system::sysinfo();
+        let memory = u64::from(system.mem_unit).saturating_mul(system.totalram);
+        Self {
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_mib: memory / MIB,
+        }
+    }
+}
+
 /// The size of the guest for a container.
-pub fn of(spec: &Spec, host_cpus: usize) -> GuestSize {
+pub fn of(spec: &Spec, host: Host) -> Result<GuestSize, TooLarge> {
     let resources = spec
         .linux()
         .as_ref()
@@ -39,6 +74,13 @@ pub fn of(spec: &Spec, host_cpus: usize) -> GuestSize {
         let limit = limit.div_ceil(MIB);
         DEFAULT_MEMORY.max(limit + limit / 64 + GUEST_OVERHEAD)
     });
+    let too_large = || TooLarge {
+        guest_mib: memory,
+        host_mib: host.memory_mib,
+    };
+    if limit.is_some() && memory > host.memory_mib {
+        return Err(too_large());
+    }
     let cpu = resources.and_then(|resources| resources.cpu().as_ref());
     let quota = cpu.and_then(|cpu| {
         let quota = u64::try_from(cpu.quota()?)
@@ -58,10 +100,10 @@ pub fn of(spec: &Spec, host_cpus: usize) -> GuestSize {
         (Some(count), None) | (None, Some(count)) => count,
         (None, None) => 1,
     };
-    GuestSize {
-        cpus: u8::try_from(cpus.clamp(1, host_cpus.max(1))).unwrap_or(u8::MAX),
-        memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
-    }
+    Ok(GuestSize {
+        cpus: u8::try_from(cpus.clamp(1, host.cpus.max(1))).unwrap_or(u8::MAX),
+        memory_mib: u32::try_from(memory).map_err(|_| too_large())?,
+    })
 }
 
 /// How many CPUs a list like `0-3,7` names (cpuset(7), "List format"); `None` when it names none.
@@ -88,8 +130,20 @@ mod tests {
             json!({"ociVersion": "1.0.0", "linux": {"resources": resources}}),
         )
         .unwrap();
-        let size = of(&spec, 4);
+        let host = Host {
+            cpus: 4,
+            memory_mib: 2048,
+        };
+        let size = of(&spec, host).unwrap();
         (size.cpus, size.memory_mib)
+    }
+
+    #[test]
+    fn a_guest_larger_than_the_host_is_refused() {
+        let limit = json!({"memory": {"limit": 1_i64 << 46}});
+        let spec = json!({"ociVersion": "1.0.0", "linux": {"resources": limit}});
+        let error = of(&serde_json::from_value(spec).unwrap(), Host::this()).unwrap_err();
+        assert!(error.to_string().contains("memory.limit"), "{error}");
     }
 
     #[test]

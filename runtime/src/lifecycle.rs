@@ -9,7 +9,10 @@ use crate::{
     cgroup::{self, CgroupError},
     hooks,
     spec::Loaded,
-    state::{Container, ContainerStatus, Event, ProcessIdentity, Record, StateError},
+    state::{
+        Container, ContainerStatus, Event, MONITOR_LOCK, ProcessIdentity, Record, StateError,
+        VMM_LOG,
+    },
 };
 
 /// How long killed processes may take to be gone.
@@ -24,6 +27,9 @@ pub enum DestroyError {
     /// The cgroup failed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// A process that was never recorded does not end.
+    #[error("a process of container {0:?} is still there")]
+    Left(String),
     /// A process cannot be ended.
     #[error("cannot end the {what}, process {pid}")]
     Process {
@@ -65,7 +71,15 @@ pub fn destroy(container: &Container) -> Result<(), DestroyError> {
         cgroup::remove(&record.cgroups)?;
     }
     let config = container.config().ok();
+    let holders = [MONITOR_LOCK, VMM_LOG].map(|name| container.holders(name));
     locked.remove()?;
+    // Released first: whoever waits for it finds the container gone, and ends.
+    drop(locked);
+    for holders in holders.into_iter().flatten() {
+        if !holders.wait(END_LIMIT) {
+            return Err(DestroyError::Left(container.id().to_owned()));
+        }
+    }
     if let (Some(record), Some(config)) = (record, config) {
         poststop(record, config);
     }

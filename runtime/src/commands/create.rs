@@ -11,7 +11,7 @@ use crate::{
         Loaded,
         check::{self, Checked},
     },
-    state::{Container, ProcessIdentity, Record},
+    state::{Container, MONITOR_LOCK, ProcessIdentity, Record},
     stdio::{Console, TerminalError, send_master},
 };
 
@@ -105,6 +105,7 @@ pub(super) fn order(
         kernel: context.kernel()?,
         root_image: context.root_image(options.guest_debug)?,
         guest_log: absolute(&options.guest_log)?,
+        debug: context.global.debug,
         timeline: absolute(&options.timeline)?,
         began: context.began.microseconds(),
         no_new_keyring: options.no_new_keyring,
@@ -135,7 +136,8 @@ fn hand_over(
     container: &Container,
 ) -> Result<(), Error> {
     let order = Order::Container(order(context, options, loaded)?);
-    let mut monitor = monitor::spawn(&context.monitor_options()?)?;
+    let held = container.open_held(MONITOR_LOCK)?;
+    let mut monitor = monitor::spawn(&context.monitor_options()?, Some(held))?;
     let identity = ProcessIdentity::of(monitor.pid())
         .map_err(|error| Error::Io("identify the monitor process", error))?;
     {

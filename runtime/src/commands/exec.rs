@@ -109,7 +109,7 @@ fn detached(
     order: &ExecOrder,
     socket: Option<&Path>,
 ) -> Result<u8, Error> {
-    let mut monitor = monitor::spawn(&context.monitor_options()?)?;
+    let mut monitor = monitor::spawn(&context.monitor_options()?, None)?;
     let pid = monitor.pid();
     let console = socket.map(console).transpose()?;
     monitor.order(

@@ -1,12 +1,13 @@
 //! How a command hands its work to a monitor that outlives it.
 //!
-//! The monitor is this program, started anew with a Unix socket as its standard input; standard
-//! output and error it inherits. Nothing happens until the socket brings an [`Order`], so the
+//! The monitor is this program, started anew with a Unix socket as its standard input and, as its
+//! standard output, a file whose lock shows that it is there. Nothing happens until the socket brings an [`Order`], so the
 //! command can first write down the monitor's pid: no process is ever at work unrecorded, and a
 //! monitor whose command dies ends by itself. With the order come, as SCM_RIGHTS, the command's
-//! standard input and, for a process with a terminal, the terminal. Back comes one [`Outcome`].
+//! standard input and output and, for a process with a terminal, the terminal. Back comes one [`Outcome`].
 
 use std::{
+    fs::File,
     io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Write},
     mem::MaybeUninit,
     os::{
@@ -80,13 +81,14 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> HandoverError {
     move |error| HandoverError::Io(what, error)
 }
 
-/// Starts a monitor, with these global options.
-pub fn spawn(options: &[std::ffi::OsString]) -> Result<Waiting, HandoverError> {
+/// Starts a monitor, with these global options. It holds `held` open until it has its order.
+pub fn spawn(options: &[std::ffi::OsString], held: Option<File>) -> Result<Waiting, HandoverError> {
     let (socket, theirs) = UnixStream::pair().map_err(io_error("start"))?;
     let child = Command::new("/proc/self/exe")
         .args(options)
         .arg("monitor")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(held.map_or_else(Stdio::null, Stdio::from))
         .spawn()
         .map_err(io_error("start"))?;
     Ok(Waiting { socket, child })
@@ -98,7 +100,7 @@ impl Waiting {
         self.child.id()
     }
 
-    /// Lets the monitor work; it gets this process's standard input and the terminal.
+    /// Lets the monitor work; it gets this process's standard input and output and the terminal.
     pub fn order(
         &mut self,
         order: &Order,
@@ -107,10 +109,10 @@ impl Waiting {
         let mut line =
             serde_json::to_vec(order).map_err(|error| io_error("instruct")(error.into()))?;
         line.push(b'\n');
-        let stdin = io::stdin();
-        let mut descriptors = vec![stdin.as_fd()];
+        let (stdin, stdout) = (io::stdin(), io::stdout());
+        let mut descriptors = vec![stdin.as_fd(), stdout.as_fd()];
         descriptors.extend(terminal);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&descriptors));
         let sent = rustix::net::sendmsg(
@@ -151,7 +153,7 @@ impl Waiting {
     }
 }
 
-/// The monitor's side: waits for the order, then takes the standard input that came with it.
+/// The monitor's side: waits for the order, then takes the descriptors that came with it.
 /// `None` when the command has ended without giving one.
 pub fn receive() -> Result<Option<(UnixStream, Order, Option<OwnedFd>)>, HandoverError> {
     let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)
@@ -161,7 +163,7 @@ pub fn receive() -> Result<Option<(UnixStream, Order, Option<OwnedFd>)>, Handove
     let mut line = Vec::new();
     while !line.ends_with(b"\n") {
         let mut buffer = [0; 4096];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(
             &socket,
@@ -183,8 +185,9 @@ pub fn receive() -> Result<Option<(UnixStream, Order, Option<OwnedFd>)>, Handove
     let order = serde_json::from_slice(&line)
         .map_err(|error| io_error("receive the order of")(error.into()))?;
     let mut descriptors = descriptors.into_iter();
-    if let Some(stdin) = descriptors.next() {
+    if let (Some(stdin), Some(stdout)) = (descriptors.next(), descriptors.next()) {
         rustix::stdio::dup2_stdin(&stdin)
+            .and_then(|()| rustix::stdio::dup2_stdout(&stdout))
             .map_err(|error| io_error("receive the order of")(error.into()))?;
     }
     Ok(Some((socket, order, descriptors.next())))

@@ -33,7 +33,7 @@ use crate::{
         rpc::{RpcClient, RpcError},
     },
     cgroup::{Cgroup, CgroupError, Limits},
-    guest_size::{self, GuestSize},
+    guest_size::{self, GuestSize, Host, TooLarge},
     hooks::{self, HookError},
     share::{self, Share},
     spec::{Loaded, SpecError, check::Checked},
@@ -69,6 +69,9 @@ pub enum LaunchError {
     /// The host's cgroup failed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The container asks for more memory than there is.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
     /// The guest could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -125,10 +128,12 @@ pub fn launch<'a>(
         ..Timeline::default()
     };
     check_installation(order)?;
-    let vm = start_vm(&order.vmm, container.append(VMM_LOG)?)?;
+    // Every process of the VM holds this file open and by it the lock, recorded or not yet: so
+    // that a removal can wait for all of them.
+    let vm = start_vm(&order.vmm, container.open_held(VMM_LOG)?)?;
     timeline.vmm_started = Some(Moment::now());
     let sockets = agent::sockets(container)?;
-    let guest = guest_size::of(&loaded.spec, host_cpus());
+    let guest = guest_size::of(&loaded.spec, Host::this())?;
     let mut launch = Launch {
         container,
         spec: &loaded.spec,
@@ -176,10 +181,6 @@ fn check_installation(order: &ContainerOrder) -> Result<(), LaunchError> {
     Ok(())
 }
 
-fn host_cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 fn locate_cgroup(spec: &Spec, id: &str) -> Result<Cgroup, CgroupError> {
     // Unit tests need neither root nor a host whose cgroups may be changed.
     if cfg!(test) {
@@ -200,7 +201,11 @@ fn vm_config(
 ) -> VmConfig {
     VmConfig {
         kernel: order.kernel.clone(),
-        kernel_arguments: Vec::new(),
+        kernel_arguments: if order.debug {
+            vec!["BULKHEAD_LOG=debug".to_owned()]
+        } else {
+            Vec::new()
+        },
         init: INIT.to_owned(),
         cpus: guest.cpus,
         memory_mib: guest.memory_mib,

@@ -32,6 +32,8 @@ pub struct ContainerOrder {
     pub root_image: PathBuf,
     /// File for the guest kernel's log.
     pub guest_log: Option<PathBuf>,
+    /// Whether the agent logs everything.
+    pub debug: bool,
     /// File for the timeline.
     pub timeline: Option<PathBuf>,
     /// When the runtime began, [`Moment::microseconds`].

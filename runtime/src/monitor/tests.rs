@@ -81,6 +81,7 @@ fn scene() -> Scene {
         kernel: file.clone(),
         root_image: file,
         guest_log: None,
+        debug: false,
         timeline: Some(directory.path().join("timeline.json")),
         began: Moment::now().microseconds(),
         no_new_keyring: false,

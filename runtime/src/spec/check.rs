@@ -57,6 +57,12 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
         .linux()
         .as_ref()
         .ok_or_else(|| invalid("linux", "is missing: see `bulkhead spec`"))?;
+    if spec.vm().is_some() {
+        return Err(unsupported(
+            "vm",
+            "the guest's kernel and image are chosen on the command line (--kernel, --root-image)",
+        ));
+    }
     namespaces(linux)?;
     if let Some(resources) = linux.resources() {
         refuse_resources(resources)?;

@@ -5,13 +5,18 @@
 pub mod check;
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::{Process, Spec};
+use rustix::fs::{Mode, OFlags};
 use serde::de::DeserializeOwned;
 use thiserror::Error;
+
+/// What fits into one request to the agent, with room for the rest of it.
+const LONGEST: u64 = (4 << 20) - (64 << 10);
 
 /// A configuration cannot be used.
 #[derive(Debug, Error)]
@@ -117,7 +122,7 @@ impl Loaded {
             return Err(bundle_error(io::ErrorKind::NotADirectory.into()));
         }
         let file = bundle.join("config.json");
-        let bytes = fs::read(&file).map_err(|source| match source.kind() {
+        let bytes = read_regular(&file).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => SpecError::Missing(file.clone()),
             _ => SpecError::Read {
                 path: file.clone(),
@@ -162,7 +167,7 @@ impl Loaded {
 
 /// Reads a `process` object from a file, as `exec --process` takes it.
 pub fn read_process(file: &Path) -> Result<(Vec<u8>, Process), SpecError> {
-    let bytes = fs::read(file).map_err(|source| SpecError::Read {
+    let bytes = read_regular(file).map_err(|source| SpecError::Read {
         path: file.to_owned(),
         source,
     })?;
@@ -175,6 +180,24 @@ pub fn read_process(file: &Path) -> Result<(Vec<u8>, Process), SpecError> {
         );
     }
     Ok((bytes, process))
+}
+
+/// Reads a file that someone else may have put there: a FIFO must not hold us up, nor may a device
+/// give without end.
+fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(LONGEST + 1).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).is_ok_and(|length| length > LONGEST) {
+        return Err(io::Error::other(format!(
+            "it has more than {LONGEST} bytes"
+        )));
+    }
+    Ok(bytes)
 }
 
 fn parse<T: DeserializeOwned>(file: &Path, bytes: &[u8]) -> Result<(T, Vec<String>), SpecError> {

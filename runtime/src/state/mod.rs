@@ -5,7 +5,8 @@
 //!             config.json   the bundle's configuration as it was at `create`
 //!             lock          flock(2): held while the record is read, judged and replaced
 //!             sockets/      the VM's vsock sockets
-//!             vmm.log       what the VMM wrote to its standard error
+//!             vmm.log       what the VMM wrote to its standard error; locked while it lives
+//!             monitor.lock  locked by a monitor whose pid is not recorded yet
 //! ```
 //!
 //! A directory without a record is a container whose creation was cut short. Everything is
@@ -21,6 +22,9 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
@@ -38,6 +42,8 @@ pub const SOCKETS: &str = "sockets";
 pub const CONFIG: &str = "config.json";
 /// Name of the VMM's log.
 pub const VMM_LOG: &str = "vmm.log";
+/// Locked by a monitor that waits for its order.
+pub const MONITOR_LOCK: &str = "monitor.lock";
 const RECORD: &str = "state.json";
 const NEW_RECORD: &str = "state.json.new";
 const LOCK: &str = "lock";
@@ -246,13 +252,24 @@ impl Container {
         }
     }
 
-    /// Opens a file of the directory for appending, made if need be.
-    pub fn append(&self, name: &str) -> Result<File, StateError> {
+    /// Opens a file of the directory for appending, made if need be, and locks it for as long as
+    /// the open file lives, wherever it is inherited to.
+    pub fn open_held(&self, name: &str) -> Result<File, StateError> {
         let flags =
             OFlags::CREATE | OFlags::APPEND | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         rustix::fs::openat(&self.directory, name, flags, Mode::RUSR | Mode::WUSR)
-            .map(File::from)
+            .and_then(|file| {
+                rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+                Ok(File::from(file))
+            })
             .map_err(|error| io_error("open", self.path.join(name))(error.into()))
+    }
+
+    /// The holders of such a file, to be waited for even after it has been removed.
+    pub fn holders(&self, name: &str) -> Option<Holders> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty()).ok()?;
+        Some(Holders { file })
     }
 
     /// Reads a file of the directory.
@@ -277,6 +294,28 @@ impl Container {
                 file.sync_all()
             })
             .map_err(io_error("write", self.path.join(name)))
+    }
+}
+
+/// Processes that hold a file of [`Container::open_held`].
+#[derive(Debug)]
+pub struct Holders {
+    file: OwnedFd,
+}
+
+impl Holders {
+    /// Waits until there are none; false when there still are after this time.
+    pub fn wait(self, limit: Duration) -> bool {
+        // flock(2) knows no time limit, so a thread waits; it ends with the process.
+        let (done, gone) = mpsc::channel();
+        thread::spawn(move || {
+            while rustix::fs::flock(&self.file, FlockOperation::LockExclusive)
+                == Err(rustix::io::Errno::INTR)
+            {}
+            // Nobody may be waiting any more.
+            let _ = done.send(());
+        });
+        gone.recv_timeout(limit).is_ok()
     }
 }
 
