@@ -30,7 +30,7 @@ pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
     }
     if options.detach {
         let container = create::create_detached(context, &options.create, &loaded, &checked)?;
-        let started = start::start_container(&container);
+        let started = start::start_container(&container, &loaded.spec);
         if started.is_err() {
             clean_up(&container);
         }
@@ -79,7 +79,7 @@ fn attached(
     start::record_started(container, || {
         Ok(sandbox.start(Deadline::after(Duration::from_secs(60)))?)
     })?;
-    start::poststart(container)?;
+    start::poststart(container, &loaded.spec)?;
     Ok(sandbox.supervise(signals))
 }
 

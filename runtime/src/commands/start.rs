@@ -1,6 +1,7 @@
 //! `start`: lets the process of a created container run.
 
 use bulkhead_agent_protocol::messages::{Empty, StartContainerRequest};
+use oci_spec::runtime::Spec;
 
 use super::{CALL_LIMIT, Context, Error};
 use crate::{
@@ -9,17 +10,20 @@ use crate::{
     hooks, lifecycle,
     monitor::LaunchError,
     spec::Loaded,
-    state::{Container, ContainerStatus, Event},
+    state::{Container, ContainerStatus, Event, StateError},
     wait::Deadline,
 };
 
 pub(super) fn start(context: &Context, options: &Id) -> Result<u8, Error> {
-    start_container(&context.root.open(&options.id)?)?;
+    let container = context.root.open(&options.id)?;
+    let bundle = container.record()?.bundle;
+    let loaded = Loaded::parse(bundle, container.config()?)?;
+    start_container(&container, &loaded.spec)?;
     Ok(0)
 }
 
 /// Starts a container that another process stands for.
-pub(super) fn start_container(container: &Container) -> Result<(), Error> {
+pub(super) fn start_container(container: &Container, spec: &Spec) -> Result<(), Error> {
     record_started(container, || {
         let deadline = Deadline::after(CALL_LIMIT);
         let mut rpc = agent::connect(container, deadline)?;
@@ -31,7 +35,7 @@ pub(super) fn start_container(container: &Container) -> Result<(), Error> {
             .map_err(LaunchError::Agent)?;
         Ok(())
     })?;
-    poststart(container)
+    poststart(container, spec)
 }
 
 /// Starts, and writes down that it did; a process that ends at once is written down after this.
@@ -59,21 +63,20 @@ pub(super) fn record_started(
 }
 
 /// runtime-spec, "Lifecycle" 9; a container whose hook fails is ended.
-pub(super) fn poststart(container: &Container) -> Result<(), Error> {
-    let loaded = match container.config() {
-        Ok(bytes) => Loaded::parse(container.path().to_owned(), bytes)?,
-        // A short-lived container may have been deleted by now.
-        Err(_) => return Ok(()),
-    };
-    let Some(list) = loaded
-        .spec
+pub(super) fn poststart(container: &Container, spec: &Spec) -> Result<(), Error> {
+    let Some(list) = spec
         .hooks()
         .as_ref()
         .and_then(|hooks| hooks.poststart().as_deref())
     else {
         return Ok(());
     };
-    let view = container.record()?.view();
+    let view = match container.record() {
+        Ok(record) => record.view(),
+        // It was short-lived, and has been deleted by now.
+        Err(StateError::Incomplete(_)) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
     hooks::run("poststart", Some(list), &view).inspect_err(|_| {
         if let Err(error) = lifecycle::destroy(container) {
             tracing::error!("cannot clean up: {}", crate::error::chain(&error));

@@ -8,7 +8,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Write},
+    io::{self, BufRead, BufReader, IoSlice, IoSliceMut, IsTerminal, Write},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -100,7 +100,8 @@ impl Waiting {
         self.child.id()
     }
 
-    /// Lets the monitor work; it gets this process's standard input and output and the terminal.
+    /// Lets the monitor work; it gets this process's standard input (unless that is a
+    /// terminal) and output, and the terminal that was made for it.
     pub fn order(
         &mut self,
         order: &Order,
@@ -110,7 +111,15 @@ impl Waiting {
             serde_json::to_vec(order).map_err(|error| io_error("instruct")(error.into()))?;
         line.push(b'\n');
         let (stdin, stdout) = (io::stdin(), io::stdout());
-        let mut descriptors = vec![stdin.as_fd(), stdout.as_fd()];
+        // A process in the background that reads whatever comes would take what the user types
+        // for the shell.
+        let null = stdin
+            .is_terminal()
+            .then(|| File::open("/dev/null"))
+            .transpose()
+            .map_err(io_error("instruct"))?;
+        let input = null.as_ref().map_or(stdin.as_fd(), File::as_fd);
+        let mut descriptors = vec![input, stdout.as_fd()];
         descriptors.extend(terminal);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let mut control = SendAncillaryBuffer::new(&mut space);
