@@ -96,8 +96,6 @@ impl Handler for Server {
     }
 
     fn handle(&mut self, _poll: &Poll, _token: u64, _events: EventSet) -> Result<(), HandlerError> {
-        // Only to empty it: an event without a count is none the less an event.
-        let _ = self.queue.notified.read();
         let memory = self.memory.memory();
         let queue = &mut self.queue.queue;
         let broken = |source| QueueError { index: 0, source };

@@ -44,12 +44,13 @@ impl Poll {
         self.control(ControlOperation::Add, fd, token, events)
     }
 
-    /// Starts to watch an event, such as a queue's notification. The handler reads it when it comes.
+    /// Starts to watch an event, such as a queue's notification. It comes once for each time that
+    /// it is signalled (or fewer, if that is faster than we are), without being read.
     pub fn add_event(&self, event: &EventFd, token: u64) -> io::Result<()> {
         if token == STOP {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let watched = EpollEvent::new(EventSet::IN, token);
+        let watched = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
         self.0
             .ctl(ControlOperation::Add, event.as_raw_fd(), watched)
     }

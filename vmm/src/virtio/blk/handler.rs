@@ -33,7 +33,6 @@ impl Handler for BlockHandler {
     }
 
     fn handle(&mut self, _: &Poll, _: u64, _: EventSet) -> Result<(), HandlerError> {
-        self.queue.notified.read()?;
         self.serve().map_err(|source| QueueError {
             index: REQUESTS,
             source,

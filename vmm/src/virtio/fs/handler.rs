@@ -49,7 +49,6 @@ impl Handler for FilesystemHandler {
             self.settled = true;
         }
         let index = u16::try_from(token)?;
-        self.queues[usize::from(index)].notified.read()?;
         self.serve(index)
     }
 }

@@ -31,6 +31,12 @@ const FLAG_NEXT: u16 = 1;
 
 /// Makes private requests, one at a time.
 pub(super) struct Requests {
+    queue: PrivateQueue,
+    copy: Box<[u8; COPIED]>,
+}
+
+/// A queue in private memory: the way to give the library a reader.
+struct PrivateQueue {
     queue: Queue,
     available: u16,
 }
@@ -51,8 +57,11 @@ impl Requests {
         queue.try_set_avail_ring_address(AVAILABLE)?;
         queue.set_ready(true);
         Ok(Self {
-            queue,
-            available: 0,
+            queue: PrivateQueue {
+                queue,
+                available: 0,
+            },
+            copy: Box::new([0; COPIED]),
         })
     }
 
@@ -64,20 +73,21 @@ impl Requests {
         queue_size: u16,
     ) -> Result<Request<'m>, TakeError> {
         let segments = segments(memory.original(), chain, queue_size)?;
-        let mut copy = [0; COPIED];
-        let (copied, rest) = copy_out(memory.original(), &segments, &mut copy)?;
-        let copy = &copy[..copied];
+        let (copied, rest) = copy_out(memory.original(), &segments, self.copy.as_mut_slice())?;
+        let copy = &self.copy[..copied];
         let header = copy
             .first_chunk::<HEADER_SIZE>()
             .ok_or(ChainError::TooShort)?;
-        let reader = self.reader(memory.with_private(), copy, &rest)?;
+        let reader = self.queue.reader(memory.with_private(), copy, &rest)?;
         Ok(Request {
             reader,
             unique: std::array::from_fn(|i| header[8 + i]),
             acceptable: names_are_plain(header, copy),
         })
     }
+}
 
+impl PrivateQueue {
     /// A reader of the copy and then of what stays in guest memory.
     fn reader<'m>(
         &mut self,

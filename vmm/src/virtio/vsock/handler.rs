@@ -50,12 +50,9 @@ impl Handler for VsockHandler {
     fn handle(&mut self, poll: &Poll, token: u64, events: EventSet) -> Result<(), HandlerError> {
         match token {
             LISTENER => self.muxer.accept(poll),
-            token => match usize::try_from(token).ok().and_then(|i| self.queues.get(i)) {
-                Some(queue) => {
-                    queue.notified.read()?;
-                }
-                None => self.muxer.socket_event(poll, token, events),
-            },
+            // A queue's notification: `work` looks at all of them.
+            0..LISTENER => {}
+            token => self.muxer.socket_event(poll, token, events),
         }
         if self.owes_transport_reset {
             self.reset_transport()?;
