@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn refuses_what_it_does_not_know() {
-        for line in ["{}\n", "go\n", "{\"command\":\"go\",\"x\":1}\n", "\n"] {
+        for line in ["{}\n", "go\n", "{\"command\":\"fly\"}\n", "\n"] {
             let (ours, mut theirs) = UnixStream::pair().expect("pair");
             theirs.write_all(line.as_bytes()).expect("write");
             let error = Control::new(ours).wait_for_go().expect_err(line);

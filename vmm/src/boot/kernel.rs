@@ -319,4 +319,4 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 
 #[cfg(test)]
 #[path = "kernel_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -1,12 +1,19 @@
 //! Images made on the spot.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 
 use super::*;
 
 /// An ELF file with one executable segment at `address` that holds `content`, file offset
 /// `offset`.
-fn image(offset: usize, address: u64, content: &[u8], memory_size: u64, entry: u64) -> Vec<u8> {
+pub(crate) fn image(
+    offset: usize,
+    address: u64,
+    content: &[u8],
+    memory_size: u64,
+    entry: u64,
+) -> Vec<u8> {
     let mut bytes = vec![0; offset];
     bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
     bytes[18] = 62;
@@ -25,19 +32,11 @@ fn image(offset: usize, address: u64, content: &[u8], memory_size: u64, entry: u
     bytes
 }
 
-fn open(bytes: &[u8]) -> Result<Kernel, KernelError> {
-    let name = format!(
-        "bulkhead-kernel-{:?}-{:p}",
-        std::thread::current().id(),
-        bytes
-    );
-    let path = std::env::temp_dir().join(name);
-    File::create(&path)
-        .and_then(|mut file| file.write_all(bytes))
-        .expect("write the image");
-    let kernel = Kernel::open(&path);
-    std::fs::remove_file(&path).expect("remove the image");
-    kernel
+pub(crate) fn open(bytes: &[u8]) -> Result<Kernel, KernelError> {
+    let file = rustix::fs::memfd_create("kernel", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+    let mut file = File::from(file);
+    file.write_all(bytes).expect("write the image");
+    Kernel::open(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))
 }
 
 fn why(bytes: &[u8]) -> Unusable {
@@ -48,7 +47,7 @@ fn why(bytes: &[u8]) -> Unusable {
 }
 
 fn load_and_compare(offset: usize, address: u64) {
-    let content: Vec<u8> = (0..20_000u32).map(|i| (i % 251 + 1) as u8).collect();
+    let content: Vec<u8> = (1..=251u8).cycle().take(20_000).collect();
     let kernel = open(&image(offset, address, &content, 30_000, address)).expect("open");
     let memory = memory::create(8).expect("memory");
     assert_eq!(kernel.load(&memory).expect("load"), address);

@@ -281,8 +281,9 @@ impl Body {
                 Ok(Step::Reset) => return Err(Ending::Reset),
                 Ok(Step::Strange(what)) => return Err(self.broken(&what)),
                 Ok(Step::Internal) => {
-                    let code = sys::internal_error(self.fd.get_kvm_run());
-                    return Err(self.broken(&internal_error(code)));
+                    let what = internal_error(sys::internal_error(self.fd.get_kvm_run()));
+                    let hint = "is this host's KVM a complete one (bulkhead check)?";
+                    return Err(self.broken(&format!("{what}; {hint}")));
                 }
                 Err(libc::EINTR) => {
                     // Cleared before looking: a command that comes now sets it again.
@@ -363,12 +364,11 @@ fn step(fd: &mut VcpuFd, bus: &dyn Bus) -> Result<Step, i32> {
 
 /// Sub-errors of KVM_EXIT_INTERNAL_ERROR (linux/kvm.h).
 fn internal_error(code: u32) -> String {
-    let what = match code {
+    match code {
         1 => "it met an instruction that KVM cannot emulate".into(),
         2 => "an exception came while another was delivered".into(),
         3 => "delivering an event caused an exit".into(),
         4 => "an exit for a reason that KVM does not know".into(),
         other => format!("internal error {other}"),
-    };
-    format!("{what}; is this host's KVM a complete one (bulkhead check)?")
+    }
 }

@@ -270,3 +270,6 @@ impl Machine {
 fn locked(device: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

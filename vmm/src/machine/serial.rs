@@ -25,6 +25,11 @@ impl GuestLog {
         let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
         Ok(Self(fd.into()))
     }
+
+    /// Takes any open file.
+    pub fn new(file: File) -> Self {
+        Self(file)
+    }
 }
 
 struct Irq(EventFd);

@@ -1,0 +1,177 @@
+//! Guests of a few instructions, where /dev/kvm opens.
+
+use std::fs::File;
+use std::io::{PipeReader, Read};
+use std::os::fd::OwnedFd;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::boot::kernel::tests as elf;
+use crate::kvm::exits::Ending;
+use crate::sys;
+use crate::virtio::rng::Rng;
+
+/// Where the guests' code and the byte that they wait for lie.
+const CODE: u64 = layout::HIGH_MEMORY;
+const FLAG: GuestAddress = GuestAddress(0x20_0000);
+
+/// Says 'a', waits for the flag, says what it has kept in a register ('b'), resets.
+#[rustfmt::skip]
+const WAITING_GUEST: &[u8] = &[
+    0xb3, b'b',                 // mov bl, 'b'
+    0x66, 0xba, 0xf8, 0x03,     // mov dx, 0x3f8
+    0xb0, b'a', 0xee,           // mov al, 'a'; out dx, al
+    0xbf, 0, 0, 0x20, 0,        // mov edi, FLAG
+    0x80, 0x3f, 0, 0x74, 0xfb,  // 1: cmp byte [rdi], 0; je 1b
+    0x88, 0xd8, 0xee,           // mov al, bl; out dx, al
+    0xb0, 0xfe, 0xe6, 0x64,     // mov al, 0xfe; out 0x64, al
+    0xf4,                       // hlt
+];
+
+/// Reads what is not mapped, with no handler for any exception.
+#[rustfmt::skip]
+const FAULTING_GUEST: &[u8] = &[
+    0xb8, 0, 0, 0xf0, 0x7f,     // mov eax, 0x7ff0_0000
+    0x8a, 0x00,                 // mov al, [rax]
+];
+
+/// A machine whose serial port leads to the pipe; `None`, said aloud, without KVM.
+fn assembly(cpus: u8) -> Option<(Assembly, PipeReader)> {
+    let kvm = match crate::kvm::vm::open() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            return None;
+        }
+    };
+    let mut assembly = Assembly::new(kvm, cpus, 8).expect("assembly");
+    let (read, write) = io::pipe().expect("pipe");
+    let log = GuestLog::new(File::from(OwnedFd::from(write)));
+    assembly.add_serial(log).expect("serial port");
+    assembly
+        .add_device(Box::new(Rng::default()))
+        .expect("device");
+    Some((assembly, read))
+}
+
+fn boot(assembly: Assembly, code: &[u8]) -> Machine {
+    let kernel = elf::open(&elf::image(4096, CODE, code, 4096, CODE)).expect("kernel");
+    assembly.boot(&kernel, "quiet").expect("boot")
+}
+
+fn said(pipe: &mut PipeReader) -> u8 {
+    let mut byte = [0];
+    pipe.read_exact(&mut byte).expect("read");
+    byte[0]
+}
+
+fn ending(machine: &Machine) -> Ending {
+    let minute = Timespec {
+        tv_sec: 60,
+        tv_nsec: 0,
+    };
+    let event = sys::event_fd(machine.ending().event());
+    let mut events = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
+    assert_eq!(
+        poll(&mut events, Some(&minute)),
+        Ok(1),
+        "the guest does not end"
+    );
+    machine.ending().get().expect("ending")
+}
+
+fn set_flag(machine: &Machine) {
+    machine.memory().write_obj(1u8, FLAG).expect("set the flag");
+}
+
+#[test]
+fn a_guest_runs_and_resets() {
+    let Some((assembly, mut pipe)) = assembly(1) else {
+        return;
+    };
+    let machine = boot(assembly, WAITING_GUEST);
+    machine.run().expect("run");
+    assert_eq!(said(&mut pipe), b'a');
+    set_flag(&machine);
+    assert_eq!(said(&mut pipe), b'b');
+    assert_eq!(ending(&machine), Ending::Reset);
+}
+
+#[test]
+fn a_triple_fault_is_a_reset() {
+    let Some((assembly, _pipe)) = assembly(1) else {
+        return;
+    };
+    let machine = boot(assembly, FAULTING_GUEST);
+    machine.run().expect("run");
+    assert_eq!(ending(&machine), Ending::Reset);
+}
+
+#[test]
+fn a_guest_pauses_and_goes_on() {
+    let Some((assembly, mut pipe)) = assembly(2) else {
+        return;
+    };
+    let machine = boot(assembly, WAITING_GUEST);
+    machine.run().expect("run");
+    assert_eq!(said(&mut pipe), b'a');
+    for _ in 0..10 {
+        machine.pause().expect("pause");
+        machine.run().expect("run");
+    }
+    machine.pause().expect("pause");
+    set_flag(&machine);
+    machine.run().expect("run");
+    assert_eq!(said(&mut pipe), b'b');
+    assert_eq!(ending(&machine), Ending::Reset);
+}
+
+#[test]
+fn a_saved_guest_goes_on_in_another_machine() {
+    let Some((first, mut pipe)) = assembly(2) else {
+        return;
+    };
+    let first = boot(first, WAITING_GUEST);
+    first.run().expect("run");
+    assert_eq!(said(&mut pipe), b'a');
+    first.pause().expect("pause");
+    let state = serde_json::to_string(&first.save().expect("save")).expect("serialise");
+    let mut memory = vec![0; 8 << 20];
+    first
+        .memory()
+        .read_slice(&mut memory, GuestAddress(0))
+        .expect("read memory");
+    drop(first);
+
+    let Some((second, mut pipe)) = assembly(2) else {
+        return;
+    };
+    let state = serde_json::from_str(&state).expect("deserialise");
+    let second = second.restore(state).expect("restore");
+    second
+        .memory()
+        .write_slice(&memory, GuestAddress(0))
+        .expect("write memory");
+    set_flag(&second);
+    second.run().expect("run");
+    assert_eq!(said(&mut pipe), b'b');
+    assert_eq!(ending(&second), Ending::Reset);
+}
+
+#[test]
+fn state_of_another_shape_is_refused() {
+    let Some((first, _pipe)) = assembly(1) else {
+        return;
+    };
+    let state = boot(first, WAITING_GUEST).save().expect("save");
+    let Some((second, _pipe)) = assembly(2) else {
+        return;
+    };
+    let error = second.restore(state).err().expect("refused");
+    assert_eq!(
+        error.to_string(),
+        "the saved machine has 1 vCPUs, this one has 2"
+    );
+}
