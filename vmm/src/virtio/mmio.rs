@@ -42,6 +42,7 @@ mod register {
     pub(super) const STATUS: u64 = 0x70;
     pub(super) const QUEUE_DESCRIPTORS: u64 = 0x80;
     pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub(super) const SHARED_MEMORY_SELECT: u64 = 0xac;
     pub(super) const SHARED_MEMORY_LENGTH: u64 = 0xb0;
     pub(super) const SHARED_MEMORY_BASE_HIGH: u64 = 0xbc;
     pub(super) const CONFIG_GENERATION: u64 = 0xfc;
@@ -197,6 +198,8 @@ impl MmioTransport {
             }
             // KVM signals the device itself; only numbers of queues that do not exist come here.
             QUEUE_NOTIFY => debug!(value, "the driver notifies a queue that is none"),
+            // There is none, whichever is selected.
+            register::SHARED_MEMORY_SELECT => {}
             register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             register::STATUS => self.set_status(value),
             _ => debug!(

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, Mode, memfd_create};
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Resource, getrlimit, setrlimit, umask};
 use virtiofsd::filesystem::SerializableFileSystem;
 use virtiofsd::passthrough::{
@@ -21,6 +22,8 @@ use virtiofsd::server::Server;
 const VALIDITY: Duration = Duration::from_secs(1);
 /// Descriptors kept for the rest of the process: vsock connections, disks, vCPUs, events.
 const RESERVED_FILES: u64 = 2048;
+/// Descriptors that there is room for from the beginning (8 bytes each in the kernel).
+const FILES_AT_ONCE: i32 = 4096;
 /// Descriptors that the guest may always have.
 const LEAST_FILES: u64 = 1024;
 /// More than any snapshot of a server's state has a use for.
@@ -39,14 +42,15 @@ pub struct Share {
 /// The file server.
 pub(super) type FileServer = Server<PassthroughFs>;
 
-/// Makes the server. The limit on open files is raised as far as the process may; every inode that
-/// the guest knows holds one.
+/// Makes the server; to be called before the process has threads. The limit on open files is raised
+/// as far as the process may: every inode that the guest knows holds one.
 pub(super) fn new(share: Share) -> io::Result<FileServer> {
     let root_dir = share.root.into_os_string().into_string().map_err(|path| {
         let message = format!("the path {} is not UTF-8", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, message)
     })?;
     let files = raise_open_files()?;
+    make_room_for_files(&share.proc_self_fd)?;
     let config = Config {
         root_dir,
         proc_sfd_rawfd: Some(share.proc_self_fd),
@@ -109,6 +113,17 @@ pub(super) fn restore(server: &FileServer, bytes: &[u8]) -> io::Result<()> {
 
 fn memory_file() -> io::Result<File> {
     Ok(memfd_create("file server", MemfdFlags::CLOEXEC)?.into())
+}
+
+/// Makes the process's table of descriptors large now: in a process with threads each doubling waits
+/// for an RCU grace period, which takes as long as the start of a container's process.
+fn make_room_for_files(file: &File) -> io::Result<()> {
+    match fcntl_dupfd_cloexec(file, FILES_AT_ONCE - 1) {
+        Ok(_) => Ok(()),
+        // A lower limit on open files: there is less to make room for.
+        Err(Errno::INVAL) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Gives the limit that then holds.
