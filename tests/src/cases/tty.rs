@@ -38,9 +38,10 @@ fn on_terminal(mut command: std::process::Command) -> Result<(Terminal, Process)
 }
 
 /// A conversation that shows the size, a change of it, the line discipline and the exit code.
+/// A trapped signal ends the shell's `read` early.
 const CONVERSATION: &str = "test -t 0 && test -t 1 && test -t 2 && tty && \
     trap 'stty size' WINCH; echo hello; read -r line; stty size; echo ready; \
-    while read -r line; do echo \"<$line>\"; \
+    while :; do read -r line || continue; echo \"<$line>\"; \
     case $line in end) read -r line; exit 6;; esac; done";
 
 fn converse(scene: &Scene, terminal: &mut Terminal) -> Result<()> {
