@@ -5,6 +5,7 @@
 pub(crate) mod guest_io;
 pub(crate) mod guest_view;
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -85,14 +86,51 @@ pub(crate) fn map_over(
     Ok(())
 }
 
-/// Keeps a region out of core dumps.
-pub(crate) fn exclude_from_dumps(region: &GuestRegionMmap) -> io::Result<()> {
+/// Names a region's mapping in /proc/PID/smaps.
+pub(crate) fn name(region: &GuestRegionMmap, name: &CStr) -> io::Result<()> {
     let address = region
         .get_host_address(MemoryRegionAddress(0))
         .map_err(io::Error::other)?;
     let length = usize::try_from(region.len()).map_err(io::Error::other)?;
-    // SAFETY: the range is the region's own mapping, and MADV_DONTDUMP changes no content.
-    if unsafe { libc::madvise(address.cast(), length, libc::MADV_DONTDUMP) } != 0 {
+    // SAFETY: the range is the region's own mapping, the name a C string; nothing else changes.
+    let result = unsafe {
+        libc::prctl(
+            libc::PR_SET_VMA,
+            libc::PR_SET_VMA_ANON_NAME,
+            address,
+            length,
+            name.as_ptr(),
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// madvise(2) for part of a region. Only advice that leaves the content alone.
+pub(crate) fn advise(
+    region: &GuestRegionMmap,
+    start: u64,
+    length: u64,
+    advice: libc::c_int,
+) -> io::Result<()> {
+    let harmless = [
+        libc::MADV_DONTDUMP,
+        libc::MADV_HUGEPAGE,
+        libc::MADV_NOHUGEPAGE,
+    ];
+    let end = start.checked_add(length);
+    if end.is_none_or(|end| end > region.len()) || !harmless.contains(&advice) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let address = region
+        .get_host_address(MemoryRegionAddress(start.min(region.len() - 1)))
+        .map_err(io::Error::other)?;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    // SAFETY: the range lies in the region's own mapping, and the advice changes no content (both
+    // checked above).
+    if unsafe { libc::madvise(address.cast(), length, advice) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

@@ -93,6 +93,18 @@ impl Vm {
             .map_err(KvmError::during("make a vCPU"))
     }
 
+    /// Raises an edge-triggered interrupt. Twice as quick as an event: KVM delivers those to the
+    /// IO-APIC through a worker thread.
+    pub fn pulse(&self, gsi: u32) -> io::Result<()> {
+        let set = |level| {
+            self.fd
+                .set_irq_line(gsi, level)
+                .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        };
+        set(true)?;
+        set(false)
+    }
+
     /// An event that raises an edge-triggered interrupt.
     pub fn interrupt(&self, gsi: u32) -> Result<EventFd, KvmError> {
         let event = event()?;

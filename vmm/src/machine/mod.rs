@@ -85,7 +85,7 @@ pub struct Assembly {
     vcpus: Vec<Vcpu>,
     ports: Ports,
     msrs: MsrList,
-    vm: Vm,
+    vm: Arc<Vm>,
     memory: GuestMemoryMmap,
 }
 
@@ -95,7 +95,7 @@ impl Assembly {
         let memory = memory::create(memory_mib)?;
         let model = CpuModel::new(&kvm, cpus)?;
         let msrs = MsrList::new(&kvm)?;
-        let vm = Vm::new(kvm, cpus)?;
+        let vm = Arc::new(Vm::new(kvm, cpus)?);
         vm.set_memory(&memory)?;
         let mut vcpus = Vec::with_capacity(usize::from(cpus));
         for index in 0..cpus {
@@ -123,7 +123,8 @@ impl Assembly {
         for (queue, _) in (0u32..).zip(device.queue_sizes()) {
             notifications.push(self.vm.notification(base + QUEUE_NOTIFY, queue)?);
         }
-        let interrupt = MmioInterrupt::new(self.vm.interrupt(gsi)?);
+        let vm = self.vm.clone();
+        let interrupt = MmioInterrupt::new(Box::new(move || vm.pulse(gsi)));
         let memory = Memory::new(self.memory.clone());
         let transport = MmioTransport::new(device, memory, interrupt, notifications);
         self.ports.devices.push(Mutex::new(transport));
@@ -208,7 +209,7 @@ pub struct Machine {
     vcpus: Vec<RunningVcpu>,
     ports: Arc<Ports>,
     ending: Arc<EndingSlot>,
-    vm: Vm,
+    vm: Arc<Vm>,
     memory: GuestMemoryMmap,
 }
 

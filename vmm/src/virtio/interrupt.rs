@@ -4,8 +4,6 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use vmm_sys_util::eventfd::EventFd;
-
 use super::Interrupt;
 
 /// Bit of the interrupt status: a buffer was used.
@@ -13,23 +11,25 @@ const USED: u32 = 1;
 /// Bit of the interrupt status: the configuration (or the status) has changed.
 const CONFIGURATION: u32 = 2;
 
+/// Raises an interrupt.
+pub type Line = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
+
 /// Shared by transport and device.
-#[derive(Debug)]
 pub struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
-    event: EventFd,
+    line: Line,
 }
 
 impl MmioInterrupt {
-    /// `event` raises the device's interrupt, edge-triggered.
-    pub fn new(event: EventFd) -> Self {
+    /// `line` raises the device's interrupt, edge-triggered.
+    pub fn new(line: Line) -> Self {
         Self {
             status: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
-            event,
+            line,
         }
     }
 
@@ -72,7 +72,7 @@ impl MmioInterrupt {
     /// one interrupt too many rather than too few.
     fn raise(&self, bit: u32) -> io::Result<()> {
         self.status.fetch_or(bit, Ordering::SeqCst);
-        self.event.write(1)
+        (self.line)()
     }
 }
 
