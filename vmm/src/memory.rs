@@ -44,10 +44,6 @@ pub fn create(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     for (start, length) in layout::memory_ranges(u64::from(mib) << 20) {
         let region = map(start, length).map_err(reserve)?;
         advise(&region).map_err(reserve)?;
-        // For whoever measures; kernels may lack it.
-        if let Err(error) = sys::name(&region, c"guest-memory") {
-            tracing::debug!(%error, "guest memory cannot be named");
-        }
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
@@ -77,6 +73,7 @@ fn io_error(error: vm_memory::mmap::MmapRegionError) -> io::Error {
 /// all 64 bytes for each page of memory, then what belongs to CPUs.
 fn advise(region: &GuestRegionMmap) -> io::Result<()> {
     let length = region.len();
+    // Also tells guest memory from the process's own: VmFlags "dd" in /proc/PID/smaps.
     sys::advise(region, 0, length, libc::MADV_DONTDUMP)?;
     let dense = (length / 64 + DENSE)
         .next_multiple_of(HUGE_PAGE)

@@ -5,7 +5,6 @@
 pub(crate) mod guest_io;
 pub(crate) mod guest_view;
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -81,28 +80,6 @@ pub(crate) fn map_over(
         )
     };
     if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// Names a region's mapping in /proc/PID/smaps.
-pub(crate) fn name(region: &GuestRegionMmap, name: &CStr) -> io::Result<()> {
-    let address = region
-        .get_host_address(MemoryRegionAddress(0))
-        .map_err(io::Error::other)?;
-    let length = usize::try_from(region.len()).map_err(io::Error::other)?;
-    // SAFETY: the range is the region's own mapping, the name a C string; nothing else changes.
-    let result = unsafe {
-        libc::prctl(
-            libc::PR_SET_VMA,
-            libc::PR_SET_VMA_ANON_NAME,
-            address,
-            length,
-            name.as_ptr(),
-        )
-    };
-    if result != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

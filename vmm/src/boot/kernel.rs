@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::{layout, memory, sys};
 
@@ -187,6 +187,8 @@ impl Kernel {
             i64::try_from(offset).map_err(io::Error::other)?,
             usize::try_from(last - first).map_err(io::Error::other)?,
         )?;
+        // As the memory that it replaces.
+        sys::advise(region, at.raw_value(), last - first, libc::MADV_DONTDUMP)?;
         self.copy(memory, segment, last, end)
     }
 
