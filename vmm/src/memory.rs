@@ -1,15 +1,13 @@
-//! Guest memory: anonymous mappings below and above the hole for devices.
+//! Guest memory: one memfd, mapped shared, below and above the hole for devices.
 
+use std::fs::File;
 use std::io;
 
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::{layout, sys};
-
-const HUGE_PAGE: u64 = 2 << 20;
-/// What Linux touches at the top of memory beside its page descriptors.
-const DENSE: u64 = 8 << 20;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -33,73 +31,63 @@ pub enum MemoryError {
 
 /// Makes guest memory of `mib` MiB. Nothing of it is touched yet.
 ///
-/// Private and anonymous: a page costs a quarter less on first touch than one of a memfd, and no
-/// other process needs it. A restored machine may just as well have a file mapped privately.
+/// A memfd mapped shared, so that a snapshot can be taken of the file and other processes (vhost-user
+/// devices) can be given it. Private anonymous memory would be touched a little cheaper.
 pub fn create(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     if mib < layout::MIN_MEMORY_MIB {
         return Err(MemoryError::TooSmall(mib));
     }
     let reserve = |source| MemoryError::Reserve { mib, source };
+    let size = u64::from(mib) << 20;
+    let file = memory_file(size).map_err(reserve)?;
     let mut regions = Vec::with_capacity(2);
-    for (start, length) in layout::memory_ranges(u64::from(mib) << 20) {
-        let region = map(start, length).map_err(reserve)?;
-        advise(&region).map_err(reserve)?;
+    let mut offset = 0;
+    for (start, length) in layout::memory_ranges(size) {
+        let file = file.try_clone().map_err(reserve)?;
+        let region = map(file, offset, start, length).map_err(reserve)?;
+        sys::exclude_from_dumps(&region, 0, length).map_err(reserve)?;
         regions.push(region);
+        offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
 }
 
-fn map(start: GuestAddress, length: u64) -> io::Result<GuestRegionMmap> {
+fn memory_file(size: u64) -> io::Result<File> {
+    let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC)?;
+    ftruncate(&file, size)?;
+    Ok(file.into())
+}
+
+fn map(file: File, offset: u64, start: GuestAddress, length: u64) -> io::Result<GuestRegionMmap> {
     let length = usize::try_from(length).map_err(io::Error::other)?;
     // NORESERVE: the host gives pages as the guest touches them; cgroups hold the limit.
     let mapping = MmapRegionBuilder::new(length)
+        .with_file_offset(FileOffset::new(file, offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
         .build()
-        .map_err(io_error)?;
+        .map_err(cause)?;
     GuestRegionMmap::new(mapping, start).ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
-/// The cause of a failed mapping alone; the library would say "Mapping failed" before it.
-fn io_error(error: vm_memory::mmap::MmapRegionError) -> io::Error {
+/// The cause of a failed mapping alone; the library would say "mmap failed" before it.
+fn cause(error: MmapRegionError) -> io::Error {
     match error {
-        vm_memory::mmap::MmapRegionError::Mmap(error) => error,
+        MmapRegionError::Mmap(error) => error,
         other => io::Error::other(other),
     }
-}
-
-/// Small pages, whatever the host's default, so that an idle guest costs what it touches; huge
-/// pages at the end, which Linux fills densely when it boots: it allocates from the top, first of
-/// all 64 bytes for each page of memory, then what belongs to CPUs.
-fn advise(region: &GuestRegionMmap) -> io::Result<()> {
-    let length = region.len();
-    // Also tells guest memory from the process's own: VmFlags "dd" in /proc/PID/smaps.
-    sys::advise(region, 0, length, libc::MADV_DONTDUMP)?;
-    let dense = (length / 64 + DENSE)
-        .next_multiple_of(HUGE_PAGE)
-        .min(length);
-    // A kernel without huge pages refuses these.
-    for (start, length, advice) in [
-        (0, length - dense, libc::MADV_NOHUGEPAGE),
-        (length - dense, dense, libc::MADV_HUGEPAGE),
-    ] {
-        if let Err(error) = sys::advise(region, start, length, advice) {
-            tracing::debug!(%error, "huge pages cannot be chosen");
-        }
-    }
-    Ok(())
 }
 
 /// The first address after the memory below the device hole.
 pub fn low_end(memory: &GuestMemoryMmap) -> u64 {
     memory
         .find_region(GuestAddress(0))
-        .map_or(0, GuestMemoryRegion::len)
+        .map_or(0, vm_memory::GuestMemoryRegion::len)
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestMemoryRegion};
 
     use super::*;
 

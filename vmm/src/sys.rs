@@ -85,29 +85,23 @@ pub(crate) fn map_over(
     Ok(())
 }
 
-/// madvise(2) for part of a region. Only advice that leaves the content alone.
-pub(crate) fn advise(
+/// Keeps part of a region out of core dumps.
+pub(crate) fn exclude_from_dumps(
     region: &GuestRegionMmap,
     start: u64,
     length: u64,
-    advice: libc::c_int,
 ) -> io::Result<()> {
-    let harmless = [
-        libc::MADV_DONTDUMP,
-        libc::MADV_HUGEPAGE,
-        libc::MADV_NOHUGEPAGE,
-    ];
     let end = start.checked_add(length);
-    if end.is_none_or(|end| end > region.len()) || !harmless.contains(&advice) {
+    if length == 0 || end.is_none_or(|end| end > region.len()) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let address = region
-        .get_host_address(MemoryRegionAddress(start.min(region.len() - 1)))
+        .get_host_address(MemoryRegionAddress(start))
         .map_err(io::Error::other)?;
     let length = usize::try_from(length).map_err(io::Error::other)?;
-    // SAFETY: the range lies in the region's own mapping, and the advice changes no content (both
-    // checked above).
-    if unsafe { libc::madvise(address.cast(), length, advice) } != 0 {
+    // SAFETY: the range lies in the region's own mapping (checked above), and MADV_DONTDUMP
+    // changes no content.
+    if unsafe { libc::madvise(address.cast(), length, libc::MADV_DONTDUMP) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
