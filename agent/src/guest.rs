@@ -119,7 +119,8 @@ fn mount_once(source: &str, target: &str, kind: &str, flags: MountFlags, data: &
 fn mount_share() -> Result<()> {
     let action = || format!("mount the share {SHARE_TAG:?}");
     std::fs::create_dir_all(SHARE).or_cannot(action)?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    // Root filesystems lie there: their set-user-id programs and devices must work.
+    let flags = MountFlags::empty();
     mount(SHARE_TAG, SHARE, "virtiofs", flags, None::<&std::ffi::CStr>).or_cannot(action)
 }
 

@@ -20,11 +20,11 @@ use super::{
     plan::Plan,
     process_io::ChildIo,
     program,
-    rootfs::Tree,
+    rootfs::{Missing, Tree},
     sysctl, terminal,
 };
 use crate::{
-    error::{Attempt, Result},
+    error::{Attempt, Error, Result},
     sys::{self, MountAttributes, Never},
 };
 
@@ -55,8 +55,7 @@ impl Init<'_> {
         self.enter_namespaces()?;
         self.leave_mounts_of_guest()?;
         let share = open_directory(self.share)?;
-        let rootfs = self.mount_rootfs(share.as_fd())?;
-        self.fill_rootfs(&rootfs, share.as_fd())?;
+        let rootfs = self.set_up_rootfs(share.as_fd())?;
         let process = &self.plan.process;
         let console = self.plan.terminal.map(|size| {
             let slave = terminal::open(&rootfs, size, process.uid, self.channel)?;
@@ -122,18 +121,29 @@ impl Init<'_> {
             .or_cannot(|| "detach the container's mounts from the guest's")
     }
 
-    /// Mounts the rootfs over its own place in the share, where only this mount namespace sees it.
-    fn mount_rootfs(&self, share: BorrowedFd<'_>) -> Result<Tree> {
+    /// Mounts the rootfs and all that goes into it.
+    fn set_up_rootfs(&self, share: BorrowedFd<'_>) -> Result<Tree> {
         let action = || {
             format!(
                 "mount the rootfs {} of the share (root.path)",
                 self.plan.rootfs
             )
         };
-        let source = mounts::open_shared(share, &self.plan.rootfs).or_cannot(action)?;
-        let mount = mounts::clone_mount(source.as_fd(), true).or_cannot(action)?;
-        mounts::attach(&mount, &source).or_cannot(action)?;
-        Ok(Tree::new(mount))
+        let place = mounts::open_shared(share, &self.plan.rootfs).or_cannot(action)?;
+        let rootfs = Tree::new(mounts::mount_over(&place).or_cannot(action)?);
+        match self.fill_rootfs(&rootfs, share) {
+            // The host shares a read-only rootfs as such, and this one lacks mount points or
+            // devices: they go into a layer above it.
+            Err(Error::System { cause, .. })
+                if self.plan.read_only && cause.raw_os_error() == Some(libc::EROFS) =>
+            {
+                mounts::detach(&rootfs).or_cannot(action)?;
+                let rootfs = Tree::new(mounts::mount_layer_over(&place).or_cannot(action)?);
+                self.fill_rootfs(&rootfs, share)?;
+                Ok(rootfs)
+            }
+            filled => filled.map(|()| rootfs),
+        }
     }
 
     fn fill_rootfs(&self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<()> {
@@ -147,6 +157,9 @@ impl Init<'_> {
         for mount in &self.plan.mounts {
             mount.mount(rootfs, &sources)?;
         }
+        rootfs
+            .lookup(&self.plan.process.directory, Missing::Directory)
+            .or_cannot(|| "create the working directory (process.cwd)")?;
         // A /dev that the host gives is used as it is.
         if self.plan.mounts.iter().any(mounts::MountPlan::binds_dev) {
             return Ok(());
@@ -176,13 +189,6 @@ impl Init<'_> {
         for path in &self.plan.masked_paths {
             mounts::mask(rootfs, path)?;
         }
-        let action = || "create the working directory (process.cwd)";
-        rootfs
-            .lookup(
-                &self.plan.process.directory,
-                super::rootfs::Missing::Directory,
-            )
-            .or_cannot(action)?;
         if self.plan.read_only {
             let read_only = MountAttributes {
                 set: libc::MOUNT_ATTR_RDONLY,
