@@ -31,11 +31,9 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
         entries: vec![ShareEntry {
             source: rootfs.to_owned(),
             target: rootfs_target.clone(),
-            read_only: spec
-                .root()
-                .as_ref()
-                .and_then(|root| root.readonly())
-                .unwrap_or(false),
+            // `root.readonly` is applied in the guest, after the mount points that are missing
+            // have been made, as other runtimes do.
+            read_only: false,
             // Storage drivers may have put mounts below it.
             recursive: true,
         }],

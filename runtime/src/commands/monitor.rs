@@ -37,6 +37,17 @@ fn host_stdio(terminal: Option<OwnedFd>) -> Result<HostStdio, Error> {
     };
     let console = Console::from_slave(slave);
     console.control()?;
+    // Everything goes through the terminal. Whoever reads the command's own output must not wait
+    // for the end of ours.
+    let null = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(|error| Error::Io("open /dev/null", error))?;
+    rustix::stdio::dup2_stdin(&null)
+        .and_then(|()| rustix::stdio::dup2_stdout(&null))
+        .and_then(|()| rustix::stdio::dup2_stderr(&null))
+        .map_err(|error| Error::Io("let the standard streams go", error.into()))?;
     Ok(HostStdio::Console(console))
 }
 
