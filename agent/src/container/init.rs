@@ -24,7 +24,7 @@ use super::{
     sysctl, terminal,
 };
 use crate::{
-    error::{Attempt, Error, Result},
+    error::{Attempt, Result},
     sys::{self, MountAttributes, Never},
 };
 
@@ -131,19 +131,8 @@ impl Init<'_> {
         };
         let place = mounts::open_shared(share, &self.plan.rootfs).or_cannot(action)?;
         let rootfs = Tree::new(mounts::mount_over(&place).or_cannot(action)?);
-        match self.fill_rootfs(&rootfs, share) {
-            // The host shares a read-only rootfs as such, and this one lacks mount points or
-            // devices: they go into a layer above it.
-            Err(Error::System { cause, .. })
-                if self.plan.read_only && cause.raw_os_error() == Some(libc::EROFS) =>
-            {
-                mounts::detach(&rootfs).or_cannot(action)?;
-                let rootfs = Tree::new(mounts::mount_layer_over(&place).or_cannot(action)?);
-                self.fill_rootfs(&rootfs, share)?;
-                Ok(rootfs)
-            }
-            filled => filled.map(|()| rootfs),
-        }
+        self.fill_rootfs(&rootfs, share)?;
+        Ok(rootfs)
     }
 
     fn fill_rootfs(&self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<()> {

@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -281,40 +281,6 @@ pub(super) fn mount_over(directory: &OwnedFd) -> io::Result<OwnedFd> {
     let mount = clone_mount(directory.as_fd(), true)?;
     attach(&mount, directory)?;
     Ok(mount)
-}
-
-/// Mounts an overlay over a directory: what it holds, below an empty layer in memory.
-pub(super) fn mount_layer_over(directory: &OwnedFd) -> io::Result<OwnedFd> {
-    let create = |context: &OwnedFd| {
-        kernel::fsconfig_create(context)?;
-        let attributes = MountAttrFlags::empty();
-        kernel::fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-    };
-    let memory = create(&kernel::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    // An overlay takes its layers by path: the guest's root has an empty directory for this one,
-    // which is seen in this mount namespace only and goes with the old root.
-    attach(&memory, &fs::open(LAYER, flags, Mode::empty())?)?;
-    for name in ["upper", "work"] {
-        fs::mkdirat(&memory, name, Mode::from_raw_mode(0o755))?;
-    }
-    let context = kernel::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    let lower = format!("/proc/self/fd/{}", directory.as_raw_fd());
-    kernel::fsconfig_set_string(&context, "lowerdir", lower)?;
-    kernel::fsconfig_set_string(&context, "upperdir", format!("{LAYER}/upper"))?;
-    kernel::fsconfig_set_string(&context, "workdir", format!("{LAYER}/work"))?;
-    let mount = create(&context)?;
-    attach(&mount, directory)?;
-    Ok(mount)
-}
-
-/// Where a layer for a read-only rootfs is put: a mount point of the guest's root.
-const LAYER: &str = "/mnt";
-
-/// Takes a tree and all that is mounted in it away.
-pub(super) fn detach(tree: &Tree) -> io::Result<()> {
-    let path = format!("/proc/self/fd/{}", tree.root().as_raw_fd());
-    Ok(kernel::unmount(path, kernel::UnmountFlags::DETACH)?)
 }
 
 /// Puts a detached mount onto a target.
