@@ -32,7 +32,9 @@ pub(super) enum Endpoint {
     Socket(OwnedFd),
     /// An open file of our own with O_NONBLOCK; true for a pipe.
     NonBlocking(OwnedFd, bool),
-    /// A regular file, which never blocks for long, or something that could not be opened again.
+    /// A regular file or the like, which never blocks for long.
+    File(OwnedFd),
+    /// A pipe or terminal that could not be opened again.
     Blocking(OwnedFd),
 }
 
@@ -57,7 +59,7 @@ impl Endpoint {
                     Err(_) => Ok(Self::Blocking(duplicate()?)),
                 }
             }
-            _ => Ok(Self::Blocking(duplicate()?)),
+            _ => Ok(Self::File(duplicate()?)),
         }
     }
 
@@ -72,7 +74,7 @@ impl Endpoint {
             Self::Socket(socket) => {
                 rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count)
             }
-            Self::NonBlocking(file, _) | Self::Blocking(file) => {
+            Self::NonBlocking(file, _) | Self::File(file) | Self::Blocking(file) => {
                 match rustix::io::read(file, buffer) {
                     // A terminal whose other side has gone.
                     Err(Errno::IO) => Ok(0),
@@ -88,7 +90,7 @@ impl Endpoint {
             Self::Socket(socket) => {
                 rustix::net::send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
             }
-            Self::NonBlocking(file, _) => rustix::io::write(file, bytes),
+            Self::NonBlocking(file, _) | Self::File(file) => rustix::io::write(file, bytes),
             Self::Blocking(file) => rustix::io::write(file, &bytes[..bytes.len().min(PIPE_BUF)]),
         }
     }
@@ -105,7 +107,9 @@ impl Endpoint {
 impl AsFd for Endpoint {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Socket(fd) | Self::NonBlocking(fd, _) | Self::Blocking(fd) => fd.as_fd(),
+            Self::Socket(fd) | Self::NonBlocking(fd, _) | Self::File(fd) | Self::Blocking(fd) => {
+                fd.as_fd()
+            }
         }
     }
 }

@@ -206,10 +206,9 @@ impl Flow {
                 let input = ready(&self.from, PollFlags::IN)?;
                 self.wait = if input { Wait::Output } else { Wait::Input };
                 if input && ready(&self.to, PollFlags::OUT)? {
-                    // Both are ready and yet nothing moves (a pipe of many nearly empty pages):
-                    // copying always gets on.
-                    self.splice = false;
-                    return Ok(Step::Moved);
+                    // Both are ready and yet nothing moves, since splice(2) asks for more room
+                    // than poll(2) does: copying always gets on.
+                    return self.fetch();
                 }
                 Ok(Step::Waits)
             }
@@ -375,8 +374,8 @@ fn step(flow: &mut Flow, events: Option<&[PollFlags]>) -> Result<bool, RelayErro
         return Ok(false);
     };
     let reader_gone = output.intersects(PollFlags::ERR | PollFlags::HUP)
-        // A socket whose peer has closed may still be read: only a writer cares.
-        && !matches!((&flow.to, flow.wait), (Endpoint::Blocking(_), _));
+        // What is no pipe, terminal or socket has no reader to lose.
+        && !matches!(flow.to, Endpoint::File(_));
     let ended = if reader_gone {
         true
     } else if main.is_empty() {
