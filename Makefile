@@ -7,16 +7,11 @@ SHELL := /bin/bash
 
 CACHE := $(or $(BULKHEAD_CACHE),$(HOME)/.cache/bulkhead)
 TESTHOST := tests/host/testhost
-AGENT_TARGET := x86_64-unknown-linux-gnu
-AGENT := target/$(AGENT_TARGET)/release/bulkhead-agent
+AGENT := target/x86_64-unknown-linux-gnu/release/bulkhead-agent
 CARGO_DENY_VERSION := 0.20.2
 SCRIPTS := guest-kernel/build rootfs/build .ci/run $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all check-files)
 
-# The agent is one static file, and the host programs need one library less.
-export LIBSECCOMP_LINK_TYPE := static
-export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
-
-.PHONY: help deps build agent kernel rootfs host demo test check bench host-shell host-run clean
+.PHONY: help deps build kernel rootfs host demo test check bench host-shell host-run clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,16 +19,13 @@ help: ## this list
 deps: ## install the Debian packages that are missing
 	@tests/host/deps
 
-build: deps agent ## the programs for the host, and the guest's agent
-	cargo build --release --locked -p bulkhead -p bulkhead-vmm -p bulkhead-tests --bins
-
-agent: deps
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked -p bulkhead-agent --target $(AGENT_TARGET)
+build: deps ## the programs for the host, and the guest's agent
+	cargo build --release --locked --bins
 
 kernel: deps ## the guest's kernel (about 8 minutes, then cached)
 	@guest-kernel/build > /dev/null
 
-rootfs: agent ## the guest's root images
+rootfs: build ## the guest's root images
 	@rootfs/build $(AGENT)
 
 host: deps ## the test host: a VM with a working /dev/kvm (about 3 minutes, then cached)
