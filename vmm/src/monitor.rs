@@ -18,7 +18,7 @@ use crate::machine::{Assembly, Machine, MachineError};
 use crate::opened::{OpenError, Opened, Sockets};
 use crate::sys;
 use crate::virtio::blk::Block;
-use crate::virtio::fs::{Filesystem, FilesystemError, Share};
+use crate::virtio::fs::{self, Filesystem, FilesystemError, Share};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
 
@@ -112,6 +112,10 @@ fn build(
         }) => (Some((guest_cid, listener)), Some(mount)),
         None => (None, None),
     };
+    if share.is_some() {
+        fs::raise_open_files()
+            .map_err(|error| MonitorError::Process("raise the limit on open files", error))?;
+    }
     let descriptors = jail::enter(Contents {
         share,
         sockets: mount,

@@ -14,4 +14,4 @@ mod server;
 mod tests;
 
 pub use device::{Filesystem, FilesystemError};
-pub use server::Share;
+pub use server::{Share, raise_open_files};

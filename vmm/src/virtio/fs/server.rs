@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, Mode, memfd_create};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use rustix::process::{Resource, getrlimit, setrlimit, umask};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use virtiofsd::filesystem::SerializableFileSystem;
 use virtiofsd::passthrough::{
     CachePolicy, Config, InodeFileHandlesMode, MigrationMode, MigrationOnError, NegotiationMode,
@@ -24,6 +24,8 @@ const VALIDITY: Duration = Duration::from_secs(1);
 const RESERVED_FILES: u64 = 2048;
 /// Descriptors that there is room for from the beginning (8 bytes each in the kernel).
 const FILES_AT_ONCE: i32 = 4096;
+/// The limit to aim for: Linux's default of fs.nr_open.
+const MOST_FILES: u64 = 1 << 20;
 /// Descriptors that the guest may always have.
 const LEAST_FILES: u64 = 1024;
 /// More than any snapshot of a server's state has a use for.
@@ -42,19 +44,18 @@ pub struct Share {
 /// The file server.
 pub(super) type FileServer = Server<PassthroughFs>;
 
-/// Makes the server; to be called before the process has threads. The limit on open files is raised
-/// as far as the process may: every inode that the guest knows holds one.
+/// Makes the server; to be called before the process has threads. Every inode that the guest knows
+/// holds a descriptor: see [`raise_open_files`].
 pub(super) fn new(share: Share) -> io::Result<FileServer> {
     let root_dir = share.root.into_os_string().into_string().map_err(|path| {
         let message = format!("the path {} is not UTF-8", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, message)
     })?;
-    let files = raise_open_files()?;
     make_room_for_files(&share.proc_self_fd)?;
     let config = Config {
         root_dir,
         proc_sfd_rawfd: Some(share.proc_self_fd),
-        guest_fd_limit: files.saturating_sub(RESERVED_FILES).max(LEAST_FILES),
+        guest_fd_limit: open_files().saturating_sub(RESERVED_FILES).max(LEAST_FILES),
         ..settings()
     };
     // The library clears the mask of the whole process: only the server's thread shall have that.
@@ -126,13 +127,28 @@ fn make_room_for_files(file: &File) -> io::Result<()> {
     }
 }
 
-/// Gives the limit that then holds.
-fn raise_open_files() -> io::Result<u64> {
-    let mut limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        limit.current = limit.maximum;
-        setrlimit(Resource::Nofile, limit)?;
+/// Raises the limit on open files: to what a share may need if the process may do that, else as far
+/// as it may. To be called before the jail takes the capability.
+pub fn raise_open_files() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit {
+        current: Some(MOST_FILES),
+        maximum: Some(MOST_FILES),
+    };
+    let enough = limit.maximum.is_none_or(|maximum| maximum >= MOST_FILES);
+    if !enough && setrlimit(Resource::Nofile, wanted).is_ok() {
+        return Ok(());
     }
+    let possible = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, possible)?;
+    Ok(())
+}
+
+/// Descriptors that the process may have.
+fn open_files() -> u64 {
     // No limit is `None`.
-    Ok(limit.current.unwrap_or(u64::MAX))
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
