@@ -79,7 +79,9 @@ fn container(
             // A command that is gone was killed: nobody knows of the container, so it ends here.
             monitor::report(socket, &Outcome::Done)
                 .map_err(|error| Error::Io("report that the container is created", error))?;
-            Ok(sandbox.supervise(signals))
+            let ended = sandbox.supervise(signals);
+            ended.record(&container);
+            Ok(ended.finish())
         }
         Err(error) => failed(socket, &error),
     }

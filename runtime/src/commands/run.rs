@@ -6,7 +6,7 @@ use super::{Context, Error, create, monitor::START_VM, start, write_pid_file};
 use crate::{
     cli::Run,
     lifecycle,
-    monitor::{HostStdio, launch},
+    monitor::{Ended, HostStdio, launch},
     spec::{Loaded, check::Checked},
     state::{Container, ProcessIdentity},
     stdio::{RawTerminal, Signals},
@@ -46,10 +46,11 @@ pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
         &container,
         &mut signals,
     );
-    if !options.keep || result.is_err() {
-        clean_up(&container);
+    match &result {
+        Ok(ended) if options.keep => ended.record(&container),
+        _ => clean_up(&container),
     }
-    result.map(|status| u8::try_from(status).unwrap_or(255))
+    result.map(|ended| u8::try_from(ended.finish()).unwrap_or(255))
 }
 
 /// Being the monitor ourselves.
@@ -59,7 +60,7 @@ fn attached(
     (loaded, checked): (&Loaded, &Checked),
     container: &Container,
     signals: &mut Signals,
-) -> Result<i32, Error> {
+) -> Result<Ended, Error> {
     let order = create::order(context, &options.create, loaded)?;
     let host = match checked.terminal {
         true => HostStdio::Terminal(RawTerminal::enter()?),

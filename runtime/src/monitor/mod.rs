@@ -20,4 +20,4 @@ pub use attach::{Attached, HostStdio};
 pub use exec::{ExecOrder, join};
 pub use handover::{HandoverError, Order, Outcome, Waiting, receive, report, spawn};
 pub use launch::{LaunchError, VmStarter, launch};
-pub use sandbox::{ContainerOrder, Sandbox};
+pub use sandbox::{ContainerOrder, Ended, Sandbox};

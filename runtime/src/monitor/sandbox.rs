@@ -65,9 +65,8 @@ impl Sandbox<'_> {
         Ok(())
     }
 
-    /// Stands for the container's process until it has ended, then takes the VM down and writes
-    /// down how it ended. Returns the exit code.
-    pub fn supervise(mut self, signals: &mut Signals) -> i32 {
+    /// Stands for the container's process until it has ended, then takes the VM down.
+    pub fn supervise(mut self, signals: &mut Signals) -> Ended {
         let status = self
             .process
             .run(signals, Some(&mut *self.vm))
@@ -79,18 +78,41 @@ impl Sandbox<'_> {
         if let Err(error) = self.vm.stop() {
             tracing::error!("{}", crate::error::chain(&error));
         }
-        match record_end(self.container, status) {
+        Ended {
+            status,
+            timeline: self.timeline,
+            timeline_file: self.timeline_file,
+        }
+    }
+}
+
+/// A container whose process and VM are gone.
+#[derive(Debug)]
+pub struct Ended {
+    status: i32,
+    timeline: Timeline,
+    timeline_file: Option<PathBuf>,
+}
+
+impl Ended {
+    /// Writes down how the container ended, for those who ask for it later.
+    pub fn record(&self, container: &Container) {
+        match record_end(container, self.status) {
             // `delete --force` was quicker.
-            Ok(()) | Err(StateError::Missing(_)) => {}
+            Ok(()) | Err(StateError::Missing(_) | StateError::Incomplete(_)) => {}
             Err(error) => tracing::error!("{}", crate::error::chain(&error)),
         }
+    }
+
+    /// All is done: writes the timeline if one is wanted. Returns the exit code.
+    pub fn finish(mut self) -> i32 {
         self.timeline.torn_down = Some(Moment::now());
         if let Some(path) = &self.timeline_file
             && let Err(error) = self.timeline.write(path)
         {
             tracing::error!("cannot write the timeline {}: {error}", path.display());
         }
-        status
+        self.status
     }
 }
 

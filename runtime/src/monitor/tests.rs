@@ -136,7 +136,9 @@ fn input_output_and_status() {
         ContainerStatus::Created
     );
     sandbox.start(soon()).unwrap();
-    assert_eq!(sandbox.supervise(&mut signals), 7);
+    let ended = sandbox.supervise(&mut signals);
+    ended.record(&scene.container);
+    assert_eq!(ended.finish(), 7);
     assert_eq!(writer.join().unwrap(), "hello guest");
     let record = scene.container.record().unwrap();
     assert_eq!(
@@ -192,7 +194,7 @@ fn signals_are_forwarded() {
     // SIGUSR2, to this very process; caught by every `Signals` there is.
     let own = rustix::process::getpid();
     rustix::process::kill_process(own, rustix::process::Signal::USR2).unwrap();
-    assert_eq!(sandbox.supervise(&mut signals), 128 + 12);
+    assert_eq!(sandbox.supervise(&mut signals).finish(), 128 + 12);
 }
 
 #[test]
@@ -223,7 +225,10 @@ fn a_vm_that_dies_ends_the_container_at_once() {
     let (ends, _host) = stdio();
     let mut sandbox = scene.launch(Behaviour::DiesAtStart, ends).unwrap();
     sandbox.start(soon()).unwrap();
-    assert_eq!(sandbox.supervise(&mut Signals::catch().unwrap()), 137);
+    assert_eq!(
+        sandbox.supervise(&mut Signals::catch().unwrap()).finish(),
+        137
+    );
 }
 
 #[test]
