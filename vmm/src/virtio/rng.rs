@@ -135,3 +135,119 @@ fn fill(memory: &GuestMemoryMmap, chain: Chain<'_>, size: u16) -> Result<u32, Ch
     piece.copy_from(&wanted[..count]);
     Ok(u32::try_from(count).unwrap_or(0))
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::virtio::state::VsockState;
+    use crate::virtio::testing::{DEADLINE, Driver, Told, readable, writable};
+
+    struct Guest {
+        device: Rng,
+        driver: Driver,
+        buffer: GuestAddress,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let mut device = Rng::default();
+            let mut driver = Driver::new(1 << 20, device.queue_sizes());
+            let buffer = driver.space.take(8192);
+            device.activate(driver.activation(0)).expect("activate");
+            Self {
+                device,
+                driver,
+                buffer,
+            }
+        }
+
+        fn request(&mut self) -> u32 {
+            let head = self.driver.queues[0].add(&[writable(self.buffer, 64)]);
+            self.driver.queues[0].kick();
+            let (used, length) = self.driver.wait_used(0);
+            assert_eq!(used, head);
+            length
+        }
+    }
+
+    #[test]
+    fn fills_buffers() {
+        let mut guest = Guest::new();
+        assert_eq!(guest.request(), 64);
+        let first = guest.driver.space.read(guest.buffer, 65);
+        assert_ne!(first[..64], [0; 64]);
+        assert_eq!(first[64], 0, "no byte beyond the buffer");
+        assert_eq!(guest.request(), 64);
+        assert_ne!(guest.driver.space.read(guest.buffer, 64), first[..64]);
+    }
+
+    #[test]
+    fn gives_no_more_than_it_wants() {
+        let mut guest = Guest::new();
+        guest.driver.queues[0].add(&[writable(guest.buffer, 8192)]);
+        guest.driver.queues[0].kick();
+        assert_eq!(guest.driver.wait_used(0).1, 256);
+    }
+
+    #[test]
+    fn wrong_buffers_come_back_empty() {
+        let mut guest = Guest::new();
+        for piece in [
+            readable(guest.buffer, 64),
+            writable(guest.buffer, 0),
+            writable(GuestAddress(1 << 40), 64),
+            writable(GuestAddress(u64::MAX - 3), 64),
+        ] {
+            guest.driver.queues[0].add(&[piece]);
+            guest.driver.queues[0].kick();
+            assert_eq!(guest.driver.wait_used(0).1, 0, "{piece:?}");
+        }
+        assert_eq!(guest.request(), 64, "the device goes on");
+    }
+
+    #[test]
+    fn chains_in_a_circle_come_back_empty() {
+        let mut guest = Guest::new();
+        let queue = &mut guest.driver.queues[0];
+        queue.describe(0, guest.buffer, 4, 1 | 2, 0);
+        queue.offer(0);
+        queue.kick();
+        assert_eq!(guest.driver.wait_used(0), (0, 0));
+    }
+
+    #[test]
+    fn an_impossible_index_needs_a_reset() {
+        let mut guest = Guest::new();
+        guest.driver.queues[0].claim(QUEUE_SIZE + 1);
+        guest.driver.queues[0].kick();
+        let told = guest.driver.told.recv_timeout(DEADLINE);
+        assert_eq!(told, Ok(Told::NeedsReset));
+        assert_eq!(guest.device.deactivate().len(), 1);
+    }
+
+    #[test]
+    fn goes_on_after_a_stop() {
+        let mut guest = Guest::new();
+        guest.request();
+        let queues = guest.device.deactivate();
+        assert_eq!(queues.len(), 1);
+        assert!(guest.device.deactivate().is_empty());
+        let mut second = Rng::default();
+        second
+            .restore(guest.device.save().expect("save"))
+            .expect("restore");
+        second
+            .activate(guest.driver.again(0, queues))
+            .expect("activate");
+        guest.device = second;
+        assert_eq!(guest.request(), 64);
+    }
+
+    #[test]
+    fn refuses_another_devices_state() {
+        let state = DeviceState::Vsock(VsockState { guest_cid: 3 });
+        assert!(Rng::default().restore(state).is_err());
+    }
+}

@@ -1,8 +1,8 @@
 //! virtio-blk (virtio 1.2 §5.2): image files and block devices of the host, served with vectored
 //! reads and writes straight on guest memory.
 //!
-//! - [`disk`]: the file; [`request`]: what a chain asks for; [`handler`]: the thread
-//! - [`device`]: the device as its transport sees it
+//! - `disk`: the file; `request`: what a chain asks for; `handler`: the thread
+//! - `device`: the device as its transport sees it
 
 mod device;
 mod disk;

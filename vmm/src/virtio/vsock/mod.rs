@@ -1,11 +1,11 @@
 //! virtio-vsock (virtio 1.2 §5.10): stream sockets between the guest and Unix sockets on the host,
 //! served in this process.
 //!
-//! - [`packet`]: the header; [`credit`]: flow control; [`backlog`]: bytes that the host does not
-//!   take yet; [`connection`]: one connection
-//! - [`host`]: the host's sockets and the `CONNECT` line; [`muxer`]: all connections
-//! - [`receive`]: the driver's receive buffers; [`handler`]: the thread
-//! - [`device`]: the device as its transport sees it
+//! - `packet`: the header; `credit`: flow control; `backlog`: bytes that the host does not
+//!   take yet; `connection`: one connection
+//! - `host`: the host's sockets and the `CONNECT` line; `muxer`: all connections
+//! - `receive`: the driver's receive buffers; `handler`: the thread
+//! - `device`: the device as its transport sees it
 
 mod backlog;
 mod connection;
