@@ -1,8 +1,10 @@
 //! Guests of a few instructions, where /dev/kvm opens.
 
+use std::env;
 use std::fs::File;
-use std::io::{PipeReader, Read};
+use std::io::{BufRead, BufReader, PipeReader, Read};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{Bytes, GuestAddress};
@@ -11,6 +13,7 @@ use super::*;
 use crate::boot::kernel::tests as elf;
 use crate::kvm::exits::Ending;
 use crate::sys;
+use crate::virtio::blk::{Block, Disk};
 use crate::virtio::rng::Rng;
 
 /// Where the guests' code and the byte that they wait for lie.
@@ -174,4 +177,92 @@ fn state_of_another_shape_is_refused() {
         error.to_string(),
         "the saved machine has 1 vCPUs, this one has 2"
     );
+}
+
+/// What the real guest runs: once a second a line, and a checksum of its disk past the page cache.
+const TICKING_INIT: &str = "-c \"mount -t devtmpfs d /dev; mount -t proc p /proc; exec >/dev/ttyS0; \
+     for i in 1 2 3 4 5 6; do echo 3 >/proc/sys/vm/drop_caches; \
+     echo tick $i `md5sum </dev/vda` `head -c 16 /dev/hwrng | wc -c`; sleep 1; done; reboot -f\"";
+
+/// A Linux guest from BULKHEAD_TEST_KERNEL and the debug root image BULKHEAD_TEST_ROOT.
+fn linux(cpus: u8) -> Option<(Assembly, Kernel, BufReader<PipeReader>)> {
+    let (Some(kernel), Some(root)) = (
+        env::var_os("BULKHEAD_TEST_KERNEL"),
+        env::var_os("BULKHEAD_TEST_ROOT"),
+    ) else {
+        eprintln!("skipped: BULKHEAD_TEST_KERNEL and BULKHEAD_TEST_ROOT name no guest");
+        return None;
+    };
+    let kvm = crate::kvm::vm::open().expect("KVM");
+    let mut assembly = Assembly::new(kvm, cpus, 128).expect("assembly");
+    let (read, write) = io::pipe().expect("pipe");
+    let log = GuestLog::new(File::from(OwnedFd::from(write)));
+    assembly.add_serial(log).expect("serial port");
+    let file = File::open(&root).expect("open the root image");
+    let disk = Disk::new(Path::new(&root), file, true).expect("disk");
+    assembly
+        .add_device(Box::new(Block::new(0, disk)))
+        .expect("disk");
+    assembly
+        .add_device(Box::new(Rng::default()))
+        .expect("device");
+    let kernel = Kernel::open(Path::new(&kernel)).expect("kernel");
+    Some((assembly, kernel, BufReader::new(read)))
+}
+
+/// The guest's next tick: number, checksum, count of random bytes.
+fn tick(log: &mut BufReader<PipeReader>) -> (u32, String, String) {
+    loop {
+        let mut line = String::new();
+        assert_ne!(log.read_line(&mut line).expect("read"), 0, "the log ends");
+        let words: Vec<_> = line.split_whitespace().collect();
+        if let ["tick", number, sum, _, count] = words[..] {
+            return (number.parse().expect("number"), sum.into(), count.into());
+        }
+    }
+}
+
+#[test]
+fn a_saved_linux_goes_on_in_another_machine() {
+    let Some((first, kernel, mut log)) = linux(2) else {
+        return;
+    };
+    let devices: String = (0..)
+        .zip(first.device_interrupts())
+        .map(|(index, gsi)| {
+            let address = layout::VIRTIO_MMIO + index * layout::VIRTIO_MMIO_SIZE;
+            format!(" virtio_mmio.device=4K@{address:#x}:{gsi}")
+        })
+        .collect();
+    let line = format!(
+        "reboot=t panic=-1 no_timer_check quiet root=/dev/vda rootfstype=erofs ro{devices} \
+         init=/bin/sh -- {TICKING_INIT}"
+    );
+    let first = first.boot(&kernel, &line).expect("boot");
+    first.run().expect("run");
+    let (_, sum, count) = tick(&mut log);
+    assert_eq!(count, "16");
+    assert_eq!(tick(&mut log).0, 2);
+    first.pause().expect("pause");
+    let state = serde_json::to_string(&first.save().expect("save")).expect("serialise");
+    let mut memory = vec![0; 128 << 20];
+    first
+        .memory()
+        .read_slice(&mut memory, GuestAddress(0))
+        .expect("read memory");
+    drop(first);
+
+    let (second, _, mut log) = linux(2).expect("a second machine");
+    let second = second
+        .restore(serde_json::from_str(&state).expect("deserialise"))
+        .expect("restore");
+    second
+        .memory()
+        .write_slice(&memory, GuestAddress(0))
+        .expect("write memory");
+    second.run().expect("run");
+    for number in 3..=6 {
+        assert_eq!(tick(&mut log), (number, sum.clone(), count.clone()));
+    }
+    assert_eq!(ending(&second), Ending::Reset);
 }
