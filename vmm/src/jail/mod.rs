@@ -107,7 +107,7 @@ pub struct Contents {
     pub network: Option<OwnedFd>,
 }
 
-/// Makes the next [`fork`](sys::fork) begin a PID namespace.
+/// Makes the next fork begin a PID namespace.
 pub fn unshare_pids() -> Result<(), JailError> {
     sys::unshare(UnshareFlags::NEWPID).map_err(step("make a PID namespace"))
 }
