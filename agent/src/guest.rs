@@ -32,6 +32,9 @@ const SHARE: &str = "/run/share";
 /// How many files the agent may have open: a process takes about six.
 const OPEN_FILES: u64 = 65_536;
 
+/// The kernel's own bound (fs.nr_open), for processes whose spec wants more.
+const MOST_OPEN_FILES: u64 = 1 << 20;
+
 /// CLOCK_MONOTONIC in microseconds.
 pub fn monotonic_us() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
@@ -102,7 +105,7 @@ pub fn prepare() -> Result<()> {
     sys::raise_loopback().or_cannot(|| "raise the loopback interface")?;
     let files = Rlimit {
         current: Some(OPEN_FILES),
-        maximum: Some(OPEN_FILES),
+        maximum: Some(MOST_OPEN_FILES),
     };
     setrlimit(Resource::Nofile, files).or_cannot(|| "raise the limit of open files")
 }

@@ -121,7 +121,7 @@ impl Sandbox {
                 .await;
         }
         let process =
-            container::exec(&self.surroundings, &request.process, &stdio, None, None).await?;
+            container::exec_in_guest(&self.surroundings, &request.process, &stdio).await?;
         let pid = process.pid();
         let mut processes = self
             .guest_processes

@@ -234,6 +234,22 @@ impl Drop for Cgroup {
     }
 }
 
+/// The cgroup that a process is in.
+pub(super) fn of_process(proc: BorrowedFd<'_>, pid: i32) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let mut text = String::new();
+    std::fs::File::from(fs::openat(
+        proc,
+        format!("{pid}/cgroup"),
+        flags,
+        Mode::empty(),
+    )?)
+    .read_to_string(&mut text)?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    let path = Path::new(MOUNT_POINT).join(path.ok_or(io::ErrorKind::NotFound)?);
+    open_directory(CWD, &path)
+}
+
 fn open_directory(at: BorrowedFd<'_>, path: impl rustix::path::Arg) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(fs::openat(at, path, flags, Mode::empty())?)

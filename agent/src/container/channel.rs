@@ -154,8 +154,14 @@ impl Child {
     /// Says that all is ready and waits for the agent's byte. The agent's end closes only when the
     /// container is given up: the process ends then.
     pub(super) fn wait_to_proceed(&self) -> Result<()> {
-        let action = || "wait for the start of the container";
-        self.send(&Message::Ready, None).or_cannot(action)?;
+        self.send(&Message::Ready, None)
+            .or_cannot(|| "say that the container is ready")?;
+        self.wait()
+    }
+
+    /// Waits for the agent's byte.
+    pub(super) fn wait(&self) -> Result<()> {
+        let action = || "wait for the agent";
         let mut byte = [0];
         match rustix::net::recv(&self.socket, &mut byte, RecvFlags::empty()).or_cannot(action)? {
             (_, 0) => sys::exit_now(1),

@@ -2,20 +2,20 @@
 //! [`Plan`] is the checked form of the spec's `process`; applying it is the last thing before
 //! `execve`.
 
-use std::{ffi::CString, path::PathBuf};
+use std::{ffi::CString, os::fd::BorrowedFd, path::PathBuf};
 
 use oci_spec::runtime::{
     IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
 };
 use rustix::{
-    process::{Gid, Resource, Rlimit, Uid, setrlimit},
+    process::{Gid, Pid, Resource, Rlimit, Uid, prlimit},
     thread::{
         set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
         set_thread_res_uid,
     },
 };
 
-use super::capabilities::Capabilities;
+use super::{capabilities::Capabilities, id_maps::write_of};
 use crate::{
     error::{Attempt, Error, Result},
     sys,
@@ -41,8 +41,7 @@ pub(super) struct Plan {
     /// Whether execve may give no privileges; also when seccomp filters are installed.
     pub no_new_privileges: bool,
     rlimits: Vec<(Resource, Rlimit)>,
-    /// For the kernel's choice when memory is short.
-    pub oom_score_adjustment: Option<i32>,
+    oom_score_adjustment: Option<i32>,
     scheduling: Option<sys::SchedulingAttributes>,
     io_priority: Option<(u16, u16)>,
 }
@@ -169,6 +168,18 @@ fn rlimits(process: &Process) -> Result<Vec<(Resource, Rlimit)>> {
         };
         limits.push((resource, limit));
     }
+    // The agent's own limit of open files is for its own needs: without a word from the spec,
+    // processes get what is usual.
+    if !limits
+        .iter()
+        .any(|(resource, _)| *resource == Resource::Nofile)
+    {
+        let usual = Rlimit {
+            current: Some(1024),
+            maximum: Some(524_288),
+        };
+        limits.push((Resource::Nofile, usual));
+    }
     Ok(limits)
 }
 
@@ -251,12 +262,22 @@ fn io_priority(process: &Process) -> Result<Option<(u16, u16)>> {
 }
 
 impl Plan {
-    /// Applies what needs privileges of the agent: limits, scheduling, priority, the bounding set.
-    pub(super) fn apply_limits(&self) -> Result<()> {
+    /// Grants a process of the container (or the caller, before it is one) what only the agent may: resource limits above its own,
+    /// and protection from the kernel's choice when memory is short.
+    pub(super) fn grant(&self, proc: BorrowedFd<'_>, pid: Option<Pid>) -> Result<()> {
         for (resource, limit) in &self.rlimits {
-            setrlimit(*resource, *limit)
+            prlimit(pid, *resource, *limit)
                 .or_cannot(|| format!("set the limit {resource:?} (process.rlimits)"))?;
         }
+        if let Some(adjustment) = self.oom_score_adjustment {
+            write_of(proc, pid, "oom_score_adj", &adjustment.to_string())
+                .or_cannot(|| format!("set oom_score_adj to {adjustment} (process.oomScoreAdj)"))?;
+        }
+        Ok(())
+    }
+
+    /// Applies what a process sets itself, still with the agent's privileges.
+    pub(super) fn apply_limits(&self) -> Result<()> {
         if let Some(attributes) = self.scheduling {
             sys::set_scheduling(attributes)
                 .or_cannot(|| "set the scheduling policy (process.scheduler)")?;

@@ -10,12 +10,13 @@ use std::{
 use rustix::{
     fs::{self, Mode, OFlags},
     mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount},
-    process::{fchdir, pivot_root, setsid, umask},
+    process::{DumpableBehavior, fchdir, pivot_root, set_dumpable_behavior, setsid, umask},
     system::{setdomainname, sethostname},
 };
 
 use super::{
     channel, devices, hooks,
+    id_maps::write_of,
     mounts::{self, Sources},
     plan::Plan,
     process_io::ChildIo,
@@ -52,6 +53,7 @@ impl Init<'_> {
         sys::reset_signals();
         umask(Mode::empty());
         setsid().or_cannot(|| "make a session for the container")?;
+        self.become_root_of_user_namespace()?;
         self.enter_namespaces()?;
         self.leave_mounts_of_guest()?;
         let share = open_directory(self.share)?;
@@ -64,9 +66,12 @@ impl Init<'_> {
         });
         let console = console.transpose()?;
         self.set_kernel_parameters()?;
+        if self.plan.id_maps.is_none() {
+            process.grant(self.proc, None)?;
+        }
         self.protect(&rootfs)?;
         self.enter_rootfs(&rootfs)?;
-        self.io.install(console, process.uid, process.gid)?;
+        self.io.install(console)?;
         self.become_process()
     }
 
@@ -78,6 +83,18 @@ impl Init<'_> {
             .chain(self.io.raw())
             .collect();
         sys::close_all_but(&mut keep);
+    }
+
+    fn become_root_of_user_namespace(&self) -> Result<()> {
+        if self.plan.id_maps.is_none() {
+            return Ok(());
+        }
+        self.channel.wait()?;
+        super::become_root()?;
+        // The change of user has made this process undumpable, and its files in /proc root's of
+        // the guest. Nobody else is in its PID namespace yet.
+        set_dumpable_behavior(DumpableBehavior::Dumpable)
+            .or_cannot(|| "keep access to the own files in /proc")
     }
 
     fn enter_namespaces(&self) -> Result<()> {
@@ -92,7 +109,7 @@ impl Init<'_> {
         if plan.namespaces.time {
             sys::unshare(libc::CLONE_NEWTIME).or_cannot(|| "make a time namespace")?;
             for line in &plan.time_offsets {
-                write_at(self.proc, "self/timens_offsets", line)
+                write_of(self.proc, None, "timens_offsets", line)
                     .or_cannot(|| format!("set {} (linux.timeOffsets)", line.trim_end()))?;
             }
         }
@@ -141,6 +158,8 @@ impl Init<'_> {
         let control_group = shared.then(|| open_directory(self.cgroup)).transpose()?;
         let sources = Sources {
             share,
+            guest_network: self.plan.id_maps.is_some()
+                && !self.plan.namespaces.has(libc::CLONE_NEWNET),
             control_group: control_group.as_ref().map(AsFd::as_fd),
         };
         for mount in &self.plan.mounts {
@@ -163,10 +182,6 @@ impl Init<'_> {
     fn set_kernel_parameters(&self) -> Result<()> {
         for (path, value) in &self.plan.sysctls {
             sysctl::write(self.proc, path, value)?;
-        }
-        if let Some(adjustment) = self.plan.process.oom_score_adjustment {
-            write_at(self.proc, "self/oom_score_adj", &adjustment.to_string())
-                .or_cannot(|| format!("set oom_score_adj to {adjustment} (process.oomScoreAdj)"))?;
         }
         Ok(())
     }
@@ -238,11 +253,4 @@ impl Init<'_> {
 fn open_directory(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     fs::open(path, flags, Mode::empty()).or_cannot(|| format!("open {}", path.display()))
-}
-
-fn write_at(directory: BorrowedFd<'_>, path: &str, value: &str) -> std::io::Result<()> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let file: OwnedFd = fs::openat(directory, Path::new(path), flags, Mode::empty())?;
-    rustix::io::write(&file, value.as_bytes())?;
-    Ok(())
 }

@@ -14,7 +14,8 @@ use rustix::{
 };
 
 use super::{
-    channel, identity, plan::Namespaces, process_io::ChildIo, program, seccomp::Filter, terminal,
+    channel, id_maps::IdMaps, identity, plan::Namespaces, process_io::ChildIo, program,
+    seccomp::Filter, terminal,
 };
 use crate::{
     error::{Attempt, Result},
@@ -24,33 +25,35 @@ use crate::{
 /// What the agent gives its child.
 pub(super) struct Join<'a> {
     /// The process to become.
-    pub process: &'a identity::Plan,
+    pub(super) process: &'a identity::Plan,
     /// Rows and columns, if it has a terminal.
-    pub terminal: Option<(u16, u16)>,
+    pub(super) terminal: Option<(u16, u16)>,
     /// The container to join; none for the guest itself.
-    pub container: Option<Target<'a>>,
+    pub(super) container: Option<Target<'a>>,
     /// The agent's procfs.
-    pub proc: BorrowedFd<'a>,
+    pub(super) proc: BorrowedFd<'a>,
     /// Standard streams.
-    pub io: ChildIo,
+    pub(super) io: ChildIo,
     /// To the agent.
-    pub channel: &'a channel::Child,
+    pub(super) channel: &'a channel::Child,
 }
 
 /// The container that a process joins.
-pub struct Target<'a> {
+pub(super) struct Target<'a> {
     /// Its first process.
-    pub pid: i32,
+    pub(super) pid: i32,
     /// The same.
-    pub pidfd: BorrowedFd<'a>,
+    pub(super) pidfd: BorrowedFd<'a>,
     /// Namespaces of its own.
-    pub namespaces: Namespaces,
+    pub(super) namespaces: Namespaces,
+    /// Ids of its user namespace.
+    pub(super) id_maps: Option<&'a IdMaps>,
     /// Filter of its processes.
-    pub seccomp: Option<&'a Filter>,
+    pub(super) seccomp: Option<&'a Filter>,
     /// Its execution domain.
-    pub personality: Option<u64>,
+    pub(super) personality: Option<u64>,
     /// Its keyring's name, if it has one of its own.
-    pub keyring: Option<&'a std::ffi::CStr>,
+    pub(super) keyring: Option<&'a std::ffi::CStr>,
 }
 
 impl Join<'_> {
@@ -61,12 +64,7 @@ impl Join<'_> {
         umask(Mode::empty());
         setsid().or_cannot(|| "make a session for the process")?;
         let process = self.process;
-        if let Some(adjustment) = process.oom_score_adjustment {
-            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-            fs::openat(self.proc, "self/oom_score_adj", flags, Mode::empty())
-                .and_then(|file| rustix::io::write(&file, adjustment.to_string().as_bytes()))
-                .or_cannot(|| format!("set oom_score_adj to {adjustment} (process.oomScoreAdj)"))?;
-        }
+        process.grant(self.proc, None)?;
         if let Some(target) = &self.container {
             self.join(target)?;
         }
@@ -74,7 +72,7 @@ impl Join<'_> {
             Some(size) => Some(terminal::open_here(size, process.uid, self.channel)?),
             None => None,
         };
-        self.io.install(console, process.uid, process.gid)?;
+        self.io.install(console)?;
         process.apply_limits()?;
         let filter = self.container.as_ref().and_then(|target| target.seccomp);
         let early = !process.no_new_privileges;
@@ -119,6 +117,7 @@ impl Join<'_> {
         }
         let mut kinds = ThreadNameSpaceType::empty();
         for (flag, kind) in [
+            (libc::CLONE_NEWUSER, ThreadNameSpaceType::USER),
             (libc::CLONE_NEWNET, ThreadNameSpaceType::NETWORK),
             (
                 libc::CLONE_NEWIPC,
@@ -135,6 +134,9 @@ impl Join<'_> {
         kinds.set(ThreadNameSpaceType::CONTROL_GROUP, target.namespaces.cgroup);
         move_into_thread_name_spaces(target.pidfd, kinds)
             .or_cannot(|| "join the container's namespaces: it may have ended")?;
+        if kinds.contains(ThreadNameSpaceType::USER) {
+            super::become_root()?;
+        }
         if let Some(name) = target.keyring {
             sys::join_new_keyring(name).or_cannot(|| "join the container's session keyring")?;
         }

@@ -11,6 +11,7 @@ mod copy_up;
 mod device_filter;
 mod devices;
 mod hooks;
+mod id_maps;
 mod identity;
 mod init;
 mod join;
@@ -47,6 +48,7 @@ pub use process_io::ChildIo;
 
 use self::{
     channel::Progress,
+    id_maps::IdMaps,
     init::Init,
     join::{Join, Target},
     plan::{Namespaces, Plan},
@@ -92,6 +94,7 @@ pub struct Container {
     namespaces: Namespaces,
     seccomp: Option<seccomp::Filter>,
     personality: Option<u64>,
+    id_maps: Option<IdMaps>,
     keyring: Option<CString>,
     init: Arc<Process>,
     /// Held while the container is created and not started.
@@ -116,6 +119,7 @@ impl Container {
             plan.terminal.is_some(),
         )
         .await?;
+        child_io.give_to(outside(plan.id_maps.as_ref(), &plan.process)?)?;
         let cgroup = Arc::new(Cgroup::create(&plan.id)?);
         cgroup.apply(&plan.settings)?;
         cgroup.filter_devices(&plan.device_rules)?;
@@ -141,8 +145,20 @@ impl Container {
         drop(child);
         let kill_all = !plan.namespaces.has(libc::CLONE_NEWPID);
         let mut master = None;
-        let progress = parent.progress(|terminal| master = Some(terminal)).await;
-        if let Err(error) = progress.and_then(expect_ready) {
+        let set_up = async {
+            if let Some(maps) = &plan.id_maps {
+                maps.write(surroundings.proc.as_fd(), pid)?;
+                parent.proceed()?;
+            }
+            let progress = parent.progress(|terminal| master = Some(terminal)).await;
+            progress.and_then(expect_ready)?;
+            // Root of a user namespace cannot grant it to itself.
+            if plan.id_maps.is_some() {
+                plan.process.grant(surroundings.proc.as_fd(), Some(pid))?;
+            }
+            Ok(())
+        };
+        if let Err(error) = set_up.await {
             cgroup.kill().await?;
             return Err(error);
         }
@@ -158,6 +174,7 @@ impl Container {
             keyring: keyring_name(&plan),
             id: plan.id,
             seccomp: plan.seccomp,
+            id_maps: plan.id_maps,
             cgroup,
             init,
             waiting: Mutex::new(Some(parent)),
@@ -209,6 +226,7 @@ impl Container {
             seccomp: self.seccomp.as_ref(),
             personality: self.personality,
             keyring: self.keyring.as_deref(),
+            id_maps: self.id_maps.as_ref(),
         };
         let cgroup = Some(self.cgroup.directory());
         let process = exec(surroundings, process, stdio, Some(target), cgroup).await?;
@@ -303,8 +321,16 @@ impl Container {
     }
 }
 
-/// Runs a process in a container, or in the guest itself without a target.
-pub async fn exec(
+/// Runs a process in the guest itself.
+pub async fn exec_in_guest(
+    surroundings: &Surroundings,
+    process: &[u8],
+    stdio: &Stdio,
+) -> Result<Arc<Process>> {
+    exec(surroundings, process, stdio, None, None).await
+}
+
+async fn exec(
     surroundings: &Surroundings,
     process: &[u8],
     stdio: &Stdio,
@@ -317,12 +343,15 @@ pub async fn exec(
     let terminal = plan::terminal(&spec, stdio)?;
     let (child_io, agent_io) =
         stdio::connect(&surroundings.streams, stdio, terminal.is_some()).await?;
+    let maps = target.as_ref().and_then(|target| target.id_maps);
+    child_io.give_to(outside(maps, &plan)?)?;
     let (parent, child) = channel::pair()?;
     let born_in = target
         .as_ref()
         .filter(|t| t.namespaces.has(libc::CLONE_NEWPID));
     let pidfd = born_in.map(|target| target.pidfd);
-    let spawned = spawn_in(surroundings, pidfd, cgroup, &child, |channel| {
+    let first = target.as_ref().map(|target| target.pid);
+    let spawned = spawn_in(surroundings, pidfd, first, cgroup, &child, |channel| {
         Join {
             process: &plan,
             terminal,
@@ -359,6 +388,7 @@ fn spawn(
 fn spawn_in(
     surroundings: &Surroundings,
     pid_namespace_of: Option<BorrowedFd<'_>>,
+    first_process: Option<i32>,
     cgroup: Option<BorrowedFd<'_>>,
     channel: &channel::Child,
     set_up: impl FnOnce(&channel::Child) -> Result<Never>,
@@ -372,7 +402,15 @@ fn spawn_in(
         move_into_thread_name_spaces(pidfd, ThreadNameSpaceType::PROCESS_ID)
             .or_cannot(|| "enter the container's PID namespace: it may have ended")?;
     }
-    let forked = sys::fork(0, cgroup);
+    let forked = match sys::fork(0, cgroup) {
+        // The container has made cgroups below its own, which holds no processes any more: the
+        // new one joins its first process.
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => first_process
+            .ok_or(error)
+            .and_then(|pid| cgroup::of_process(surroundings.proc.as_fd(), pid))
+            .and_then(|cgroup| sys::fork(0, Some(cgroup.as_fd()))),
+        forked => forked,
+    };
     if let Ok(Forked::Child) = forked {
         channel.run(|| set_up(channel));
     }
@@ -385,6 +423,26 @@ fn spawn_in(
         Forked::Parent(pid, pidfd) => Ok((pid, pidfd)),
         Forked::Child => sys::exit_now(1),
     }
+}
+
+/// The process's user and group as the guest knows them.
+fn outside(maps: Option<&IdMaps>, process: &identity::Plan) -> Result<(u32, u32)> {
+    match maps {
+        Some(maps) => maps.outside(process.uid, process.gid),
+        None => Ok((process.uid, process.gid)),
+    }
+}
+
+/// Becomes root of the user namespace that this process is in.
+fn become_root() -> Result<()> {
+    use rustix::{
+        process::{Gid, Uid},
+        thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
+    };
+    let action = || "become root of the user namespace";
+    set_thread_groups(&[]).or_cannot(action)?;
+    set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).or_cannot(action)?;
+    set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).or_cannot(action)
 }
 
 fn expect_ready(progress: Progress) -> Result<()> {

@@ -109,6 +109,9 @@ fn plan_one(index: u32, mount: &Mount, shared: Option<&String>) -> Result<MountP
 pub(super) struct Sources<'a> {
     /// Root of the share.
     pub share: BorrowedFd<'a>,
+    /// Whether the container is in a user namespace and on the guest's network: it may not mount
+    /// what shows a network that is not its own.
+    pub(super) guest_network: bool,
     /// The container's cgroup directory, unless the container has a cgroup namespace.
     pub control_group: Option<BorrowedFd<'a>>,
 }
@@ -129,6 +132,9 @@ impl MountPlan {
                 (mount, FileType::from_raw_mode(mode) == FileType::Directory)
             }
             Source::ControlGroup => (self.control_group(sources)?, true),
+            Source::Filesystem { kind, .. } if kind == "sysfs" && sources.guest_network => {
+                (self.sysfs_of_guest()?, true)
+            }
             Source::Filesystem { kind, source } => {
                 (self.filesystem(kind, source.as_deref())?, true)
             }
@@ -176,6 +182,13 @@ impl MountPlan {
             .or_cannot(|| format!("open {path} of the share ({}.source)", self.field))?;
         clone_mount(source.as_fd(), recursive)
             .or_cannot(|| format!("bind {path} of the share ({})", self.field))
+    }
+
+    fn sysfs_of_guest(&self) -> Result<OwnedFd> {
+        let action = || format!("bind the guest's /sys ({})", self.field);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let sys = fs::open("/sys", flags, Mode::empty()).or_cannot(action)?;
+        clone_mount(sys.as_fd(), true).or_cannot(action)
     }
 
     fn control_group(&self, sources: &Sources<'_>) -> Result<OwnedFd> {

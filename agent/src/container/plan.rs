@@ -11,6 +11,7 @@ use oci_spec::runtime::{
 use super::{
     device_filter,
     devices::{self, DeviceNode},
+    id_maps::{self, IdMaps},
     identity, mount_options,
     mounts::{self, MountPlan},
     resources::{self, Available, Setting},
@@ -22,67 +23,69 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(super) struct Plan {
     /// The container's id.
-    pub id: String,
+    pub(super) id: String,
     /// Its root filesystem, relative to the share.
-    pub rootfs: String,
+    pub(super) rootfs: String,
     /// Whether its root becomes read-only.
-    pub read_only: bool,
+    pub(super) read_only: bool,
     /// Propagation of its root, as a flag and "recursive".
-    pub propagation: (u64, bool),
+    pub(super) propagation: (u64, bool),
     /// Namespaces of its own.
-    pub namespaces: Namespaces,
+    pub(super) namespaces: Namespaces,
+    /// Ids of its user namespace.
+    pub(super) id_maps: Option<IdMaps>,
     /// Host name in its UTS namespace.
-    pub hostname: Option<String>,
+    pub(super) hostname: Option<String>,
     /// NIS domain name in its UTS namespace.
-    pub domainname: Option<String>,
+    pub(super) domainname: Option<String>,
     /// In order.
-    pub mounts: Vec<MountPlan>,
+    pub(super) mounts: Vec<MountPlan>,
     /// Nodes in /dev.
-    pub devices: Vec<DeviceNode>,
+    pub(super) devices: Vec<DeviceNode>,
     /// Who may use which device.
-    pub device_rules: Vec<device_filter::Rule>,
+    pub(super) device_rules: Vec<device_filter::Rule>,
     /// Files of its cgroup.
-    pub settings: Vec<Setting>,
+    pub(super) settings: Vec<Setting>,
     /// Kernel parameters, by path below /proc/sys.
-    pub sysctls: Vec<(PathBuf, String)>,
+    pub(super) sysctls: Vec<(PathBuf, String)>,
     /// Paths to hide.
-    pub masked_paths: Vec<PathBuf>,
+    pub(super) masked_paths: Vec<PathBuf>,
     /// Paths to make read-only.
-    pub read_only_paths: Vec<PathBuf>,
+    pub(super) read_only_paths: Vec<PathBuf>,
     /// System call filter of all its processes.
-    pub seccomp: Option<seccomp::Filter>,
+    pub(super) seccomp: Option<seccomp::Filter>,
     /// Execution domain.
-    pub personality: Option<u64>,
+    pub(super) personality: Option<u64>,
     /// Lines for /proc/self/timens_offsets.
-    pub time_offsets: Vec<String>,
+    pub(super) time_offsets: Vec<String>,
     /// Hooks that run in the container before its process.
-    pub start_hooks: Vec<Hook>,
+    pub(super) start_hooks: Vec<Hook>,
     /// For the state that hooks are given.
-    pub annotations: HashMap<String, String>,
+    pub(super) annotations: HashMap<String, String>,
     /// Version of the spec, for the same.
-    pub oci_version: String,
+    pub(super) oci_version: String,
     /// Whether its process gets a session keyring of its own.
-    pub new_keyring: bool,
+    pub(super) new_keyring: bool,
     /// The process.
-    pub process: identity::Plan,
+    pub(super) process: identity::Plan,
     /// Rows and columns, if the process has a terminal.
-    pub terminal: Option<(u16, u16)>,
+    pub(super) terminal: Option<(u16, u16)>,
 }
 
 /// Namespaces that the container has of its own; the others are the guest's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Namespaces {
+pub(super) struct Namespaces {
     /// CLONE_NEW* of those that a process is born into.
-    pub at_birth: u64,
+    pub(super) at_birth: u64,
     /// A cgroup namespace, entered once the process is in its cgroup.
-    pub cgroup: bool,
+    pub(super) cgroup: bool,
     /// A time namespace, entered at `execve`.
-    pub time: bool,
+    pub(super) time: bool,
 }
 
 impl Namespaces {
     /// Whether one of those of birth is the container's own.
-    pub fn has(&self, flag: i32) -> bool {
+    pub(super) fn has(&self, flag: i32) -> bool {
         self.at_birth & u64::from(flag.unsigned_abs()) != 0
     }
 }
@@ -116,6 +119,10 @@ pub(super) fn plan(request: &CreateContainerRequest, available: &Available) -> R
             .as_ref()
             .is_some_and(|r| r.readonly() == Some(true)),
         propagation: propagation(linux)?,
+        id_maps: namespaces
+            .has(libc::CLONE_NEWUSER)
+            .then(|| id_maps::plan(linux))
+            .transpose()?,
         namespaces,
         hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
         domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
@@ -255,10 +262,6 @@ fn namespaces(linux: &Linux) -> Result<Namespaces> {
         match kind {
             LinuxNamespaceType::Cgroup => found.cgroup = true,
             LinuxNamespaceType::Time => found.time = true,
-            LinuxNamespaceType::User => {
-                let reason = "user namespaces do not cross into the guest yet; remove it";
-                return Err(Error::unsupported(format!("{field}.type user"), reason));
-            }
             _ => found.at_birth |= u64::from(kind as u32),
         }
     }
@@ -275,7 +278,8 @@ fn namespaces(linux: &Linux) -> Result<Namespaces> {
         ));
     }
     let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|m| !m.is_empty());
-    if mapped(linux.uid_mappings()) || mapped(linux.gid_mappings()) {
+    let user = seen.contains(&LinuxNamespaceType::User);
+    if !user && (mapped(linux.uid_mappings()) || mapped(linux.gid_mappings())) {
         let problem = "needs a user namespace, which linux.namespaces does not list";
         return Err(Error::invalid("linux.uidMappings", problem));
     }

@@ -21,15 +21,32 @@ pub enum ChildIo {
 
 impl ChildIo {
     /// For the list of descriptors that stay open.
-    pub fn raw(&self) -> Vec<RawFd> {
+    pub(super) fn raw(&self) -> Vec<RawFd> {
         match self {
             Self::Streams(streams) => streams.iter().map(AsRawFd::as_raw_fd).collect(),
             Self::Terminal => Vec::new(),
         }
     }
 
+    /// Gives pipes to the process's user (ids of the guest), who must be able to open /dev/stdout,
+    /// which leads to them.
+    pub(super) fn give_to(&self, (uid, gid): (u32, u32)) -> Result<()> {
+        let Self::Streams(streams) = self else {
+            return Ok(());
+        };
+        let action = || "give the standard streams to the process's user";
+        for stream in streams {
+            let mode = fstat(stream).or_cannot(action)?.st_mode;
+            if FileType::from_raw_mode(mode) == FileType::Fifo {
+                fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+                    .or_cannot(action)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes them the standard streams of this process, which leads a session.
-    pub fn install(&self, terminal: Option<OwnedFd>, uid: u32, gid: u32) -> Result<()> {
+    pub(super) fn install(&self, terminal: Option<OwnedFd>) -> Result<()> {
         let action = || "set up the standard streams";
         let [stdin, stdout, stderr] = match (self, &terminal) {
             (Self::Streams(streams), _) => [&streams[0], &streams[1], &streams[2]],
@@ -39,14 +56,6 @@ impl ChildIo {
             }
             (Self::Terminal, None) => return Ok(()),
         };
-        for stream in [stdin, stdout, stderr] {
-            // The process's user must be able to open /dev/stdout, which leads to the pipe.
-            let mode = fstat(stream).or_cannot(action)?.st_mode;
-            if FileType::from_raw_mode(mode) == FileType::Fifo {
-                fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
-                    .or_cannot(action)?;
-            }
-        }
         dup2_stdin(stdin).or_cannot(action)?;
         dup2_stdout(stdout).or_cannot(action)?;
         dup2_stderr(stderr).or_cannot(action)

@@ -24,14 +24,14 @@ use bulkhead_agent_protocol::ErrorKind;
 
 /// A compiled profile.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Filter {
+pub(super) struct Filter {
     program: Vec<u8>,
     flags: u64,
 }
 
 impl Filter {
     /// Installs the filter for the calling process.
-    pub fn install(&self) -> Result<()> {
+    pub(super) fn install(&self) -> Result<()> {
         sys::install_seccomp_filter(&self.program, self.flags)
             .or_cannot(|| "install the seccomp filter (linux.seccomp)")
     }

@@ -80,6 +80,8 @@ pub(crate) fn spec(arguments: &[&str]) -> Value {
         "process": {
             "user": {"uid": 0, "gid": 0}, "cwd": "/", "args": arguments,
             "env": ["PATH=/bin:/sbin"],
+            // Machines that run tests may not let anybody have more.
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1000, "hard": 1000}],
             "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
         },
         "mounts": [
