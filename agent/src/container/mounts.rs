@@ -97,12 +97,32 @@ fn plan_one(index: u32, mount: &Mount, shared: Option<&String>) -> Result<MountP
             kind,
         },
     };
+    refuse_idle_options(&field, &source, &options)?;
     Ok(MountPlan {
         field,
         destination,
         source,
         options,
     })
+}
+
+/// An option that nobody would read must not look as if it held.
+fn refuse_idle_options(field: &str, source: &Source, options: &MountOptions) -> Result<()> {
+    let field = format!("{field}.options");
+    let option = options.data.first();
+    match (source, option) {
+        (Source::Share { .. }, Some(option)) => {
+            let problem = format!("{option:?} is no option of a bind mount");
+            Err(Error::invalid(field, problem))
+        }
+        (Source::ControlGroup, Some(option)) => {
+            let problem = format!("{option:?} is no option of a cgroup mount");
+            Err(Error::invalid(field, problem))
+        }
+        (Source::Filesystem { kind, .. }, _) if kind == "tmpfs" => Ok(()),
+        _ if options.copy_up => Err(Error::invalid(field, "tmpcopyup is for tmpfs only")),
+        _ => Ok(()),
+    }
 }
 
 /// What mounts are made from besides the rootfs itself.

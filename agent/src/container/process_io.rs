@@ -10,12 +10,12 @@ use rustix::{
 
 use crate::error::{Attempt, Result};
 
-/// Standard input, output and error; none of them with a terminal, which the process opens itself.
+/// Standard input, output and error; none of them with a terminal, as that comes later.
 #[derive(Debug)]
 pub enum ChildIo {
     /// Ends of pipes, or /dev/null.
     Streams([OwnedFd; 3]),
-    /// See [`super::terminal`].
+    /// The process opens it itself, in the devpts of its container.
     Terminal,
 }
 
