@@ -9,13 +9,21 @@ mod limits;
 
 use std::{
     collections::HashMap,
-    fs, io,
+    fs,
+    io::{self, Read, Seek},
     path::{Component, Path, PathBuf},
+    time::Duration,
 };
 
+use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
 pub use limits::Limits;
+
+use crate::wait::{Deadline, poll};
+
+/// How long processes that were killed may stay in a cgroup.
+const EMPTY_LIMIT: Duration = Duration::from_secs(5);
 
 /// The host's cgroups could not be used.
 #[derive(Debug, Error)]
@@ -217,7 +225,7 @@ impl Cgroup {
 pub fn remove(directories: &[PathBuf]) -> Result<(), CgroupError> {
     let mut failure = None;
     for directory in directories {
-        match fs::remove_dir(directory) {
+        match remove_one(directory) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error)
@@ -229,6 +237,30 @@ pub fn remove(directories: &[PathBuf]) -> Result<(), CgroupError> {
         }
     }
     failure.map_or(Ok(()), Err)
+}
+
+/// Removes a cgroup, in version 2 waiting a while for processes in it that are about to be gone.
+fn remove_one(directory: &Path) -> io::Result<()> {
+    let busy = match fs::remove_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => error,
+        result => return result,
+    };
+    let deadline = Deadline::after(EMPTY_LIMIT);
+    let Ok(mut events) = fs::File::open(directory.join("cgroup.events")) else {
+        return Err(busy);
+    };
+    loop {
+        // cgroup-v2.rst, "cgroup.events": a change after this read wakes the poll.
+        let mut text = String::new();
+        events.seek(io::SeekFrom::Start(0))?;
+        events.read_to_string(&mut text)?;
+        if text.contains("populated 0") {
+            return fs::remove_dir(directory);
+        }
+        if poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(deadline))? == 0 {
+            return Err(busy);
+        }
+    }
 }
 
 fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {

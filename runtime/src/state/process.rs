@@ -25,8 +25,10 @@ pub struct ProcessIdentity {
 impl ProcessIdentity {
     /// The process that has this pid now.
     pub fn of(pid: u32) -> io::Result<Self> {
-        let (_, start_time) = read_stat(pid)?;
-        Ok(Self { pid, start_time })
+        Ok(Self {
+            pid,
+            start_time: read_start_time(pid)?,
+        })
     }
 
     /// The calling process.
@@ -47,17 +49,18 @@ impl ProcessIdentity {
         };
         // Opened first and compared then: whatever the pid means after this, the descriptor means
         // the process that was compared.
-        match read_stat(self.pid) {
-            Ok((state, start_time)) if start_time == self.start_time && state != 'Z' => {
-                Ok(Some(LiveProcess { descriptor }))
-            }
-            Ok(_) => Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        match read_start_time(self.pid) {
+            Ok(start_time) if start_time == self.start_time => {}
+            Ok(_) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
-                Ok(None)
+                return Ok(None);
             }
-            Err(error) => Err(error),
+            Err(error) => return Err(error),
         }
+        // Readable once every thread has ended; the state in /proc is the first thread's alone.
+        let process = LiveProcess { descriptor };
+        Ok((!process.wait(Duration::ZERO)?).then_some(process))
     }
 
     /// Whether the process lives.
@@ -96,8 +99,7 @@ impl AsFd for LiveProcess {
     }
 }
 
-/// State letter and start time.
-fn read_stat(pid: u32) -> io::Result<(char, u64)> {
+fn read_start_time(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     parse_stat(&stat).ok_or_else(|| {
         io::Error::new(
@@ -107,12 +109,11 @@ fn read_stat(pid: u32) -> io::Result<(char, u64)> {
     })
 }
 
-fn parse_stat(stat: &str) -> Option<(char, u64)> {
+fn parse_stat(stat: &str) -> Option<u64> {
     // The second field is the program's name in parentheses and may hold anything, parentheses
     // and spaces included: the fields are counted from the last one.
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
-    let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    fields.nth(19)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -122,7 +123,7 @@ mod tests {
     #[test]
     fn stat_with_a_hostile_name() {
         let stat = "12 (a) R 1 (b c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20 21\n";
-        assert_eq!(parse_stat(stat), Some(('S', 4242)));
+        assert_eq!(parse_stat(stat), Some(4242));
         assert_eq!(parse_stat("12 (a"), None);
     }
 
