@@ -201,7 +201,7 @@ pub struct Exec {
     /// Set an environment variable
     #[arg(long, short, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
-    /// User: UID[:GID]
+    /// User: UID or UID:GID
     #[arg(long, short)]
     pub user: Option<String>,
     /// One more group
