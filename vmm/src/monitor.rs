@@ -112,10 +112,8 @@ fn build(
         }) => (Some((guest_cid, listener)), Some(mount)),
         None => (None, None),
     };
-    if share.is_some() {
-        fs::raise_open_files()
-            .map_err(|error| MonitorError::Process("raise the limit on open files", error))?;
-    }
+    fs::raise_open_files()
+        .map_err(|error| MonitorError::Process("raise the limit on open files", error))?;
     let descriptors = jail::enter(Contents {
         share,
         sockets: mount,

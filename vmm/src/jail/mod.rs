@@ -23,8 +23,8 @@ use rustix::mount::{
     mount_change, move_mount, open_tree, unmount,
 };
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, chdir, fchdir, getrlimit, pivot_root,
-    set_dumpable_behavior, setrlimit, umask,
+    DumpableBehavior, Resource, Rlimit, chdir, fchdir, pivot_root, set_dumpable_behavior,
+    setrlimit, umask,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, capabilities,
@@ -40,9 +40,6 @@ use share::ShareTree;
 pub const SHARE: &str = "/share";
 /// Where the sandbox's sockets lie in the jail.
 pub const SOCKETS: &str = "/sockets";
-
-/// Open files that the file server may hold for the guest.
-const OPEN_FILES: u64 = 1 << 20;
 
 /// What virtio-fs needs to act for the guest's users on the host's files: owners and modes of
 /// files (CHOWN, FOWNER, FSETID), access as any user (SETUID, SETGID, DAC_OVERRIDE), devices and
@@ -196,7 +193,6 @@ fn close_root(root: &OwnedFd) -> Result<(), JailError> {
 /// Drops what is not needed any more. Only the main thread exists.
 fn drop_rights(shares: bool) -> Result<(), JailError> {
     umask(Mode::empty());
-    raise_open_files()?;
     setrlimit(
         Resource::Core,
         Rlimit {
@@ -227,27 +223,4 @@ fn drop_rights(shares: bool) -> Result<(), JailError> {
     set_capabilities(None, sets).map_err(step("drop capabilities"))?;
     set_no_new_privs(true).map_err(step("forbid new privileges"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))
-}
-
-/// As many as the host allows.
-fn raise_open_files() -> Result<(), JailError> {
-    let now = getrlimit(Resource::Nofile);
-    let wanted = Rlimit {
-        current: Some(OPEN_FILES),
-        maximum: Some(OPEN_FILES),
-    };
-    if now.maximum.is_some_and(|maximum| maximum < OPEN_FILES)
-        && setrlimit(Resource::Nofile, wanted).is_ok()
-    {
-        return Ok(());
-    }
-    // Without CAP_SYS_RESOURCE, or above fs.nr_open: what may be had without.
-    let current = now
-        .maximum
-        .map_or(OPEN_FILES, |maximum| maximum.min(OPEN_FILES));
-    let wanted = Rlimit {
-        current: Some(current),
-        maximum: now.maximum,
-    };
-    setrlimit(Resource::Nofile, wanted).map_err(step("raise the number of open files"))
 }
