@@ -5,7 +5,9 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount,
+};
 
 use crate::process::Output;
 use crate::scene::Scene;
@@ -119,6 +121,8 @@ fn missing_guest_file(scene: &Scene, name: &str) -> Result<()> {
     }
     fs::create_dir(scene.path("all"))?;
     mount_bind(directory, scene.path("all"))?;
+    // Or what covers the one would cover the other too.
+    mount_change(scene.path("all"), MountPropagationFlags::PRIVATE)?;
     let bundle = scene.bundle()?;
     let result = covered(directory, &partial, || {
         let output = scene.run(&bundle)?;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Result, ensure};
 
 use crate::bundle::Bundle;
-use crate::process::Process;
+use crate::process::{DEADLINE, Process};
 use crate::runtime::Runtime;
 use crate::scene::Scene;
 use crate::watch::Watch;
@@ -49,6 +49,9 @@ fn large(scene: &Scene) -> Result<()> {
         .shell("mkfifo /tmp/copy; sha256sum </tmp/copy >&2 & tee /tmp/copy; wait");
     let mut process = scene.start_run(&bundle)?;
     process.send(&input)?;
+    process.close_stdin();
+    // An emulated CPU that others keep busy takes its time.
+    process.wait_within(4 * DEADLINE)?;
     let output = process.finish()?.ok()?;
     ensure!(
         output.stdout == input,

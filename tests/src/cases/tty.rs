@@ -86,7 +86,7 @@ fn run_interactive(scene: &Scene) -> Result<()> {
     // Control-C reaches the container's foreground process, not the runtime.
     let bundle = with_terminal(
         scene,
-        "trap 'echo interrupted; exit 4' INT; echo up; sleep 1000",
+        "trap 'echo interrupted; exit 4' INT; echo up; sleep 1000 & wait",
     )?;
     let mut command = scene.command(&["run".as_ref(), "--bundle".as_ref(), bundle.as_os_str()]);
     command.arg(scene.id());
@@ -146,7 +146,7 @@ fn last_words(scene: &Scene) -> Result<()> {
 }
 
 fn exec_interactive(scene: &Scene) -> Result<()> {
-    let mut container = scene.start(&scene.bundle()?.shell("echo up; sleep 1000"))?;
+    let mut container = scene.start(&scene.bundle()?.shell("echo up; sleep 1000 & wait"))?;
     container.streams.wait_for("up\n")?;
     let mut command = scene.command(&["exec", "--tty", &container.id, "/bin/sh", "-c"]);
     command.arg(CONVERSATION);
