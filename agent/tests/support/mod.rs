@@ -43,14 +43,17 @@ pub(crate) fn main(cases: &[Case]) {
     ];
     if let Some(missing) = missing.into_iter().flatten().next() {
         println!("skipped: needs {missing}");
+        println!(
+            "test result: ok. 0 passed; 0 failed; {} ignored",
+            cases.len()
+        );
         return;
     }
     let wanted: Vec<_> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
+    let chosen = |name: &str| wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str()));
+    let chosen: Vec<_> = cases.iter().filter(|(name, _)| chosen(name)).collect();
     let mut failed = 0;
-    for (name, case) in cases {
-        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
-            continue;
-        }
+    for (name, case) in &chosen {
         let fixture = Fixture::new();
         let outcome = catch_unwind(AssertUnwindSafe(|| case(&fixture)));
         println!(
@@ -59,6 +62,13 @@ pub(crate) fn main(cases: &[Case]) {
         );
         failed += usize::from(outcome.is_err());
     }
+    // As the standard harness closes, for whoever counts.
+    println!(
+        "test result: {}. {} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out",
+        if failed == 0 { "ok" } else { "FAILED" },
+        chosen.len() - failed,
+        cases.len() - chosen.len(),
+    );
     assert_eq!(failed, 0, "{failed} cases failed");
 }
 
