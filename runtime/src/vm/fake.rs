@@ -277,9 +277,14 @@ fn run(behaviour: Behaviour, guest: &Shared) {
     let (state, changed) = &**guest;
     let (mut input, mut output) = {
         let guest = state.lock().unwrap();
-        let (stdin, stdout, _) = guest.stdio;
+        let (stdin, stdout, stderr) = guest.stdio;
+        // Their threads take them in any order.
         let mut guest = changed
-            .wait_while(guest, |guest| !guest.streams.contains_key(&stdout))
+            .wait_while(guest, |guest| {
+                [stdin, stdout, stderr]
+                    .iter()
+                    .any(|stream| !guest.streams.contains_key(stream))
+            })
             .unwrap();
         (
             guest.streams.remove(&stdin).unwrap(),
