@@ -73,6 +73,8 @@ struct Flow {
 #[derive(Debug, Default)]
 pub struct Relay {
     input: Option<Flow>,
+    /// Nobody reads the input any more.
+    input_unwanted: bool,
     outputs: Vec<Flow>,
 }
 
@@ -329,13 +331,15 @@ impl Relay {
             .flat_map(Flow::poll_fds)
     }
 
-    /// Moves what can be moved, after a poll that gave these events for [`Relay::poll_fds`].
+    /// Moves what can be moved, after a poll that gave these events for [`Relay::poll_fds`]. Flows go
+    /// nowhere but here, so that each finds its own events.
     pub fn advance(&mut self, events: &[PollFlags]) -> Result<(), RelayError> {
         let mut events = events.chunks(2);
-        if let Some(input) = &mut self.input
-            && step(input, events.next())?
-        {
-            self.input = None;
+        if let Some(input) = &mut self.input {
+            let events = events.next();
+            if self.input_unwanted || step(input, events)? {
+                self.input = None;
+            }
         }
         let mut index = 0;
         while index < self.outputs.len() {
@@ -358,9 +362,10 @@ impl Relay {
         self.outputs.iter().all(|flow| flow.wait == Wait::Input)
     }
 
-    /// The process has ended: nobody reads its input any more.
+    /// The process has ended: nobody reads its input any more. It goes with the next
+    /// [`Relay::advance`].
     pub fn end_input(&mut self) {
-        self.input = None;
+        self.input_unwanted = true;
     }
 }
 

@@ -179,3 +179,33 @@ fn a_slow_reader_holds_its_writer_back() {
     relay.join().unwrap();
     assert_eq!(all.len(), written);
 }
+
+#[test]
+fn a_process_that_ends_while_its_output_arrives_loses_none_of_it() {
+    let (in_read, _in_write) = io::pipe().unwrap();
+    let (mut out_read, out_write) = io::pipe().unwrap();
+    let (streams, guest_in, mut guest_out, guest_err) = streams();
+    let null = File::options().write(true).open("/dev/null").unwrap();
+    let mut relay = Relay::between(
+        in_read.as_fd(),
+        out_write.as_fd(),
+        Some(null.as_fd()),
+        streams,
+    )
+    .unwrap();
+    drop(out_write);
+    // All at once, as on a busy host: the last output, the end of every stream, and, before the
+    // relay has its turn, the word that the process has ended.
+    guest_out.write_all(b"last words").unwrap();
+    drop((guest_in, guest_out, guest_err));
+    let mut descriptors: Vec<_> = relay.poll_fds().collect();
+    crate::wait::poll(&mut descriptors, None).unwrap();
+    let events: Vec<_> = descriptors.iter().map(PollFd::revents).collect();
+    drop(descriptors);
+    relay.end_input();
+    relay.advance(&events).unwrap();
+    run(relay, false);
+    let mut text = String::new();
+    out_read.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "last words");
+}
