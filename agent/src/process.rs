@@ -4,7 +4,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -52,6 +52,8 @@ pub struct Process {
     pidfd: OwnedFd,
     /// Set when the process has been reaped.
     reaped: watch::Receiver<bool>,
+    /// Processes of its container ended for want of memory, set before that.
+    out_of_memory_kills: Arc<AtomicU64>,
     /// Set when, besides, its output is written out.
     ended: watch::Receiver<Option<Ended>>,
     waited_for: AtomicBool,
@@ -68,10 +70,12 @@ impl Process {
         let (close_stdin, stdin_closed) = watch::channel(false);
         let terminal = io.terminal();
         let output = io.carry(stdin_closed, reaped.clone());
+        let out_of_memory_kills = Arc::<AtomicU64>::default();
         let process = Self {
             pid: started.pid,
             pidfd: started.pidfd,
             reaped,
+            out_of_memory_kills: out_of_memory_kills.clone(),
             ended,
             waited_for: AtomicBool::new(false),
             terminal,
@@ -80,9 +84,10 @@ impl Process {
         tokio::spawn(async move {
             // The reaper lives as long as the agent and reports every process once.
             let status = started.ended.await.unwrap_or(255);
-            let out_of_memory = first_of
+            let kills = first_of
                 .as_ref()
-                .is_some_and(|(cgroup, _)| cgroup.out_of_memory());
+                .map_or(0, |(cgroup, _)| cgroup.out_of_memory_kills());
+            out_of_memory_kills.store(kills, Ordering::Relaxed);
             if let Some((cgroup, true)) = first_of
                 && let Err(error) = cgroup.kill().await
             {
@@ -92,7 +97,7 @@ impl Process {
             output.await;
             ended_sender.send_replace(Some(Ended {
                 status,
-                out_of_memory,
+                out_of_memory: kills > 0,
             }));
         });
         Arc::new(process)
@@ -111,6 +116,14 @@ impl Process {
     /// Whether it has been reaped.
     pub fn has_ended(&self) -> bool {
         *self.reaped.borrow()
+    }
+
+    /// Waits until it has been reaped. Returns how many processes of the container whose first
+    /// process it is the kernel had ended for want of memory by then.
+    pub async fn reaped(&self) -> u64 {
+        // The sender goes only after it has sent.
+        let _ = self.reaped.clone().wait_for(|reaped| *reaped).await;
+        self.out_of_memory_kills.load(Ordering::Relaxed)
     }
 
     /// Whether somebody knows how it has ended.

@@ -10,7 +10,8 @@ use bulkhead_agent_protocol::{
         Empty, ExecProcessRequest, ExecProcessResponse, ListProcessesResponse,
         RemoveContainerRequest, ResizeTerminalRequest, SetClockRequest, SetUpSandboxRequest,
         SetUpSandboxResponse, ShutdownRequest, SignalProcessRequest, StartContainerRequest,
-        StatsResponse, WaitProcessRequest, WaitProcessResponse,
+        StatsResponse, UpdateContainerRequest, WaitOutOfMemoryRequest, WaitOutOfMemoryResponse,
+        WaitProcessRequest, WaitProcessResponse,
     },
     server::{Agent, create_agent},
 };
@@ -263,6 +264,31 @@ impl Agent for Service {
             .freeze(false)
             .await?;
         Ok(Empty::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &Context,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.sandbox
+            .container(&request.container_id)?
+            .update(&request.resources)?;
+        Ok(Empty::new())
+    }
+
+    async fn wait_out_of_memory(
+        &self,
+        _: &Context,
+        request: WaitOutOfMemoryRequest,
+    ) -> ttrpc::Result<WaitOutOfMemoryResponse> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let (kills, gone) = container.wait_out_of_memory(request.seen).await?;
+        Ok(WaitOutOfMemoryResponse {
+            kills,
+            gone,
+            ..Default::default()
+        })
     }
 
     async fn stats(&self, _: &Context, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {

@@ -226,16 +226,19 @@ pub(crate) struct BpfInstruction {
     pub immediate: i32,
 }
 
-/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE and attaches it to a cgroup.
+/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE and attaches it to a cgroup, in place of an
+/// earlier one if given. It stays attached when what is returned is closed.
 pub(crate) fn attach_device_filter(
     cgroup: BorrowedFd<'_>,
     program: &[BpfInstruction],
-) -> io::Result<()> {
+    replaced: Option<BorrowedFd<'_>>,
+) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: i32 = 5;
     const BPF_PROG_ATTACH: i32 = 8;
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
     const BPF_CGROUP_DEVICE: u32 = 6;
     const BPF_F_ALLOW_MULTI: u32 = 2;
+    const BPF_F_REPLACE: u32 = 4;
     #[repr(C)]
     struct Load {
         program_type: u32,
@@ -254,6 +257,7 @@ pub(crate) fn attach_device_filter(
         program: u32,
         attach_type: u32,
         flags: u32,
+        replaced: u32,
     }
     let load = Load {
         program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
@@ -277,11 +281,12 @@ pub(crate) fn attach_device_filter(
         target: raw_unsigned(cgroup),
         program: raw_unsigned(descriptor.as_fd()),
         attach_type: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
+        flags: BPF_F_ALLOW_MULTI | replaced.map_or(0, |_| BPF_F_REPLACE),
+        replaced: replaced.map_or(0, raw_unsigned),
     };
     // SAFETY: `attach` is laid out as BPF_PROG_ATTACH expects and valid for its size.
-    check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &attach, size_of::<Attach>()) })
-        .map(drop)
+    check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &attach, size_of::<Attach>()) })?;
+    Ok(descriptor)
 }
 
 fn raw_unsigned(descriptor: BorrowedFd<'_>) -> u32 {

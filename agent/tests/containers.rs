@@ -2,6 +2,7 @@
 //! of new PID, mount, cgroup, IPC, UTS and network namespaces, where it serves as in a guest, and
 //! drives it from outside. Needs root, cgroup v2 and a static busybox; says so if it must skip.
 
+mod limits;
 mod namespaces;
 mod support;
 
@@ -10,35 +11,51 @@ use serde_json::json;
 use support::{Case, Fixture, Reply, spec};
 
 const CASES: &[Case] = &[
-    ("output and exit code", output_and_exit_code),
-    ("input reaches the process and ends", input),
-    ("a large stream arrives whole", large_stream),
-    ("signals end with 128 + n", signals),
-    ("namespaces are the container's own", namespaces),
-    ("identity is what the spec says", identity),
-    ("read-only and masked paths hold", protection),
-    ("mounts of all kinds", mounts),
-    ("devices are there and filtered", devices),
-    ("terminal", terminal),
-    ("exec joins the container", exec),
+    ("output and exit code", &[], output_and_exit_code),
+    ("input reaches the process and ends", &[], input),
+    ("a large stream arrives whole", &[], large_stream),
+    ("signals end with 128 + n", &[], signals),
+    ("namespaces are the container's own", &[], namespaces),
+    ("identity is what the spec says", &[], identity),
+    ("read-only and masked paths hold", &[], protection),
+    ("mounts of all kinds", &[], mounts),
+    ("devices are there and filtered", &[], devices),
+    ("terminal", &[], terminal),
+    ("exec joins the container", &[], exec),
     (
         "exec does not wait for grandchildren",
+        &[],
         exec_with_grandchildren,
     ),
-    ("pause, list, statistics", pause_and_lists),
-    ("programs that cannot run", missing_programs),
-    ("hostile rootfs", hostile_rootfs),
-    ("seccomp", seccomp),
-    ("hooks run in the container", hooks),
-    ("refusals name the field", refusals),
-    ("user namespace", namespaces::user_namespace),
-    ("namespaces of the guest", namespaces::shared_namespaces),
+    ("pause, list, statistics", &[], pause_and_lists),
+    ("programs that cannot run", &[], missing_programs),
+    ("hostile rootfs", &[], hostile_rootfs),
+    ("seccomp", &[], seccomp),
+    ("hooks run in the container", &[], hooks),
+    ("refusals name the field", &[], refusals),
+    ("user namespace", &[], namespaces::user_namespace),
+    (
+        "namespaces of the guest",
+        &[],
+        namespaces::shared_namespaces,
+    ),
     (
         "exec beside cgroups of the container's own",
+        &[],
         namespaces::exec_beside_cgroups,
     ),
-    ("time namespace", namespaces::time_namespace),
-    ("states", states),
+    ("time namespace", &[], namespaces::time_namespace),
+    ("states", &[], states),
+    (
+        "limits are set and changed",
+        &["cpu", "memory", "pids", "hugetlb"],
+        limits::set_and_changed,
+    ),
+    (
+        "kills for want of memory are told",
+        &["memory"],
+        limits::out_of_memory,
+    ),
 ];
 
 fn main() {

@@ -5,7 +5,10 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,7 +21,7 @@ use tokio::io::Interest;
 
 use super::{
     device_filter,
-    resources::{Available, Setting},
+    resources::{Present, Setting},
 };
 use crate::{
     error::{Attempt, Error, Result},
@@ -37,6 +40,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 pub struct Cgroup {
     path: PathBuf,
     directory: OwnedFd,
+    /// The program that decides about devices.
+    device_filter: Mutex<Option<OwnedFd>>,
     removed: AtomicBool,
 }
 
@@ -51,13 +56,14 @@ pub fn delegate_controllers() -> io::Result<()> {
     std::fs::write(root.join("cgroup.subtree_control"), enable.join(" "))
 }
 
-/// The guest's CPUs and memory nodes; empty without a cpuset controller, whose settings then fail
-/// by name.
-pub(super) fn available() -> Available {
+/// What a new cgroup is like. CPUs and memory nodes are empty without a cpuset controller, whose
+/// settings then fail by name.
+pub(super) fn pristine() -> Present {
     let read = |file| std::fs::read_to_string(Path::new(MOUNT_POINT).join(file));
-    Available {
+    Present {
         cpus: read("cpuset.cpus.effective").unwrap_or_default(),
         mems: read("cpuset.mems.effective").unwrap_or_default(),
+        ..Present::default()
     }
 }
 
@@ -76,11 +82,11 @@ impl Cgroup {
             made => made.or_cannot(action)?,
         }
         let directory = open_directory(CWD, &path).or_cannot(action)?;
-        let removed = AtomicBool::new(false);
         Ok(Self {
             path,
             directory,
-            removed,
+            device_filter: Mutex::default(),
+            removed: AtomicBool::new(false),
         })
     }
 
@@ -94,35 +100,93 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
+    /// What it is like now.
+    pub(super) fn present(&self) -> Present {
+        let text = |file: &str| self.read(file).unwrap_or_default();
+        let number = |file: &str| text(file).trim().parse().ok();
+        let bandwidth = text("cpu.max");
+        let (quota, period) = bandwidth.trim().split_once(' ').unwrap_or_default();
+        let pristine = pristine();
+        Present {
+            quota: if quota.is_empty() { "max" } else { quota }.to_owned(),
+            period: period.parse().unwrap_or(pristine.period),
+            burst: text("cpu.max.burst").trim().parse().unwrap_or(0),
+            memory: number("memory.max"),
+            swap: number("memory.swap.max"),
+            usage: number("memory.current").unwrap_or(0),
+            ..pristine
+        }
+    }
+
     /// Writes the settings.
     pub fn apply(&self, settings: &[Setting]) -> Result<()> {
+        settings.iter().try_for_each(|setting| self.set(setting))
+    }
+
+    /// Writes the settings; if one fails, those before it are put back.
+    pub(super) fn change(&self, settings: &[Setting]) -> Result<()> {
+        let mut former: Vec<(&Setting, String)> = Vec::with_capacity(settings.len());
         for setting in settings {
-            let Setting { field, file, value } = setting;
-            self.write(file, value)
-                .map_err(|cause| match Errno::from_io_error(&cause) {
-                    Some(Errno::NOENT) => Error::unsupported(
-                        field.clone(),
-                        format!("the guest kernel has no cgroup file {file}; remove it"),
-                    ),
-                    Some(Errno::INVAL | Errno::RANGE | Errno::NODEV | Errno::OPNOTSUPP) => {
-                        Error::invalid(
-                            field.clone(),
-                            format!("{file} does not take {value:?}: {cause}"),
-                        )
+            let value = self.read(&setting.file).unwrap_or_default();
+            if let Err(error) = self.set(setting) {
+                for (setting, value) in former.into_iter().rev() {
+                    if let Err(error) = self.write_lines(&setting.file, &value) {
+                        tracing::warn!(%error, "{} keeps its new value", setting.file);
                     }
-                    _ => Error::System {
-                        action: format!("write {value:?} to {file} ({field})"),
-                        cause,
-                    },
-                })?;
+                }
+                return Err(error);
+            }
+            former.push((setting, value));
         }
         Ok(())
     }
 
-    /// Confines the cgroup to the devices that the rules allow.
+    fn set(&self, setting: &Setting) -> Result<()> {
+        let Setting {
+            field, file, value, ..
+        } = setting;
+        let Err(cause) = self.write_lines(file, value) else {
+            return Ok(());
+        };
+        Err(match Errno::from_io_error(&cause) {
+            Some(Errno::NOENT) if setting.holds_without_file => return Ok(()),
+            Some(Errno::NOENT) => Error::unsupported(
+                field.clone(),
+                format!("the guest kernel has no cgroup file {file}; remove it"),
+            ),
+            Some(Errno::INVAL | Errno::RANGE | Errno::NODEV | Errno::OPNOTSUPP | Errno::ACCESS) => {
+                Error::invalid(
+                    field.clone(),
+                    format!("{file} does not take {value:?}: {cause}"),
+                )
+            }
+            _ => Error::System {
+                action: format!("write {value:?} to {file} ({field})"),
+                cause,
+            },
+        })
+    }
+
+    /// Confines the cgroup to the devices that the rules allow, in place of earlier rules.
     pub fn filter_devices(&self, rules: &[device_filter::Rule]) -> Result<()> {
-        sys::attach_device_filter(self.directory(), &device_filter::program(rules))
-            .or_cannot(|| "load the device filter (linux.resources.devices)")
+        let program = device_filter::program(rules);
+        let mut present = self
+            .device_filter
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let replaced = present.as_ref().map(AsFd::as_fd);
+        let program = sys::attach_device_filter(self.directory(), &program, replaced)
+            .or_cannot(|| "load the device filter (linux.resources.devices)")?;
+        *present = Some(program);
+        Ok(())
+    }
+
+    /// The kernel takes one line of a file per write. Writing an empty one resets a list.
+    fn write_lines(&self, file: &str, value: &str) -> io::Result<()> {
+        if value.trim().is_empty() {
+            return self.write(file, "\n");
+        }
+        value.lines().try_for_each(|line| self.write(file, line))
     }
 
     fn write(&self, file: &str, value: &str) -> io::Result<()> {
@@ -136,15 +200,23 @@ impl Cgroup {
         read_at(self.directory(), file)
     }
 
+    /// Names of its files.
+    pub(super) fn files(&self) -> io::Result<Vec<String>> {
+        let entries = Dir::read_from(&self.directory)?;
+        let name = |entry: rustix::io::Result<fs::DirEntry>| {
+            Ok(entry?.file_name().to_string_lossy().into_owned())
+        };
+        entries.map(name).collect()
+    }
+
     /// A number in a file of "key value" lines.
     pub fn keyed(&self, file: &str, key: &str) -> Option<u64> {
         keyed_value(&self.read(file).ok()?, key)
     }
 
-    /// Whether the kernel has ended a process here for want of memory.
-    pub fn out_of_memory(&self) -> bool {
-        self.keyed("memory.events", "oom_kill")
-            .is_some_and(|kills| kills > 0)
+    /// How many processes the kernel has ended here for want of memory.
+    pub fn out_of_memory_kills(&self) -> u64 {
+        self.keyed("memory.events", "oom_kill").unwrap_or(0)
     }
 
     /// Stops or continues all processes; returns when that is so.
@@ -184,25 +256,37 @@ impl Cgroup {
 
     /// Waits until `cgroup.events` shows the value; false if that takes too long.
     async fn wait_for(&self, key: &str, value: u64) -> io::Result<bool> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let events = fs::openat(&self.directory, "cgroup.events", flags, Mode::empty())?;
-        let events = sys::watch(events, Interest::PRIORITY)?;
-        let reached = async {
-            loop {
-                // The first poll reports what changed before the file was opened; a change after
-                // this read raises a new event.
-                let mut buffer = [0; 256];
-                let length = rustix::io::pread(&events, &mut buffer, 0)?;
-                let text = String::from_utf8_lossy(&buffer[..length]);
-                if keyed_value(&text, key) == Some(value) {
-                    return Ok(true);
-                }
-                events.ready(Interest::PRIORITY).await?.clear_ready();
-            }
-        };
-        tokio::time::timeout(DEADLINE, reached)
+        let reached = self.watch("cgroup.events", key, |found| found == value);
+        match tokio::time::timeout(DEADLINE, reached).await {
+            Ok(reached) => reached.map(|_| true),
+            Err(_late) => Ok(false),
+        }
+    }
+
+    /// Waits until the kernel has ended more than `seen` processes here for want of memory, and
+    /// returns how many.
+    pub(super) async fn out_of_memory_above(&self, seen: u64) -> Result<u64> {
+        self.watch("memory.events", "oom_kill", |kills| kills > seen)
             .await
-            .unwrap_or(Ok(false))
+            .or_cannot(|| format!("watch memory.events of {}", self.path.display()))
+    }
+
+    /// Waits until a file of "key value" lines shows a wanted number, and returns it.
+    async fn watch(&self, file: &str, key: &str, wanted: impl Fn(u64) -> bool) -> io::Result<u64> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let events = fs::openat(&self.directory, file, flags, Mode::empty())?;
+        let events = sys::watch(events, Interest::PRIORITY)?;
+        loop {
+            // The first poll reports what changed before the file was opened; a change after
+            // this read raises a new event.
+            let mut buffer = [0; 256];
+            let length = rustix::io::pread(&events, &mut buffer, 0)?;
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            if let Some(found) = keyed_value(&text, key).filter(|found| wanted(*found)) {
+                return Ok(found);
+            }
+            events.ready(Interest::PRIORITY).await?.clear_ready();
+        }
     }
 
     /// Every process in the cgroup and below, in the agent's PID namespace.

@@ -24,6 +24,7 @@ mod program;
 mod resources;
 mod rootfs;
 mod seccomp;
+mod spawn;
 mod stats;
 mod sysctl;
 mod terminal;
@@ -40,7 +41,7 @@ use bulkhead_agent_protocol::{
     ErrorKind,
     messages::{CreateContainerRequest, Process as ProcessLine, StatsResponse, Stdio},
 };
-use oci_spec::runtime::Process as ProcessSpec;
+use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use rustix::process::Pid;
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
@@ -52,13 +53,14 @@ use self::{
     init::Init,
     join::{Join, Target},
     plan::{Namespaces, Plan},
+    spawn::{spawn, spawn_in},
 };
 use crate::{
     error::{Attempt, Error, Result},
     process::{Process, Started},
     reaper::Reaper,
     stdio::{self, Streams},
-    sys::{self, Forked, Never},
+    sys,
 };
 
 /// What set-ups use of the guest.
@@ -111,7 +113,7 @@ impl Container {
         surroundings: &Surroundings,
         request: &CreateContainerRequest,
     ) -> Result<Self> {
-        let plan = plan::plan(request, &cgroup::available())?;
+        let plan = plan::plan(request, &cgroup::pristine())?;
         let share = surroundings.share()?;
         let (child_io, agent_io) = stdio::connect(
             &surroundings.streams,
@@ -296,6 +298,32 @@ impl Container {
         self.cgroup.freeze(frozen).await
     }
 
+    /// Changes the limits that the resources (JSON) name.
+    pub fn update(&self, resources: &[u8]) -> Result<()> {
+        if self.init.has_ended() {
+            let rule = "its limits cannot be changed";
+            return Err(wrong_state(&self.id, "has stopped", rule));
+        }
+        let resources: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|error| Error::invalid("linux.resources", error.to_string()))?;
+        let settings = resources::settings(&resources, &self.cgroup.present())?;
+        let rules = resources.devices().as_deref().map(device_filter::rules);
+        let rules = rules.transpose()?;
+        self.cgroup.change(&settings)?;
+        // Last, as it has no former state to be put back.
+        rules.map_or(Ok(()), |rules| self.cgroup.filter_devices(&rules))
+    }
+
+    /// Waits until the kernel has ended more than `seen` of its processes for want of memory, or
+    /// its first process has ended. Returns how many, and whether the container has ended.
+    pub async fn wait_out_of_memory(&self, seen: u64) -> Result<(u64, bool)> {
+        tokio::select! {
+            biased;
+            kills = self.cgroup.out_of_memory_above(seen) => Ok((kills?, self.init.has_ended())),
+            kills = self.init.reaped() => Ok((kills, true)),
+        }
+    }
+
     /// Resource usage.
     pub fn stats(&self) -> Result<StatsResponse> {
         stats::read(&self.cgroup)
@@ -369,60 +397,6 @@ async fn exec(
     parent.progress(|terminal| master = Some(terminal)).await?;
     let started = Started { pid, pidfd, ended };
     Ok(Process::new(started, agent_io.with_terminal(master)?, None))
-}
-
-/// Forks a child that runs `set_up`.
-fn spawn(
-    namespaces: u64,
-    cgroup: BorrowedFd<'_>,
-    channel: &channel::Child,
-    set_up: impl FnOnce(&channel::Child) -> Result<Never>,
-) -> std::io::Result<(Pid, OwnedFd)> {
-    match sys::fork(namespaces, Some(cgroup))? {
-        Forked::Child => channel.run(|| set_up(channel)),
-        Forked::Parent(pid, pidfd) => Ok((pid, pidfd)),
-    }
-}
-
-/// Forks a child into the PID namespace of another process and into a cgroup.
-fn spawn_in(
-    surroundings: &Surroundings,
-    pid_namespace_of: Option<BorrowedFd<'_>>,
-    first_process: Option<i32>,
-    cgroup: Option<BorrowedFd<'_>>,
-    channel: &channel::Child,
-    set_up: impl FnOnce(&channel::Child) -> Result<Never>,
-) -> Result<(Pid, OwnedFd)> {
-    use rustix::thread::{
-        LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space,
-        move_into_thread_name_spaces,
-    };
-    // setns(2) of a PID namespace only concerns children: the agent sets it for this fork.
-    if let Some(pidfd) = pid_namespace_of {
-        move_into_thread_name_spaces(pidfd, ThreadNameSpaceType::PROCESS_ID)
-            .or_cannot(|| "enter the container's PID namespace: it may have ended")?;
-    }
-    let forked = match sys::fork(0, cgroup) {
-        // The container has made cgroups below its own, which holds no processes any more: the
-        // new one joins its first process.
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => first_process
-            .ok_or(error)
-            .and_then(|pid| cgroup::of_process(surroundings.proc.as_fd(), pid))
-            .and_then(|cgroup| sys::fork(0, Some(cgroup.as_fd()))),
-        forked => forked,
-    };
-    if let Ok(Forked::Child) = forked {
-        channel.run(|| set_up(channel));
-    }
-    if pid_namespace_of.is_some() {
-        let own = surroundings.pid_namespace.as_fd();
-        move_into_link_name_space(own, Some(LinkNameSpaceType::ProcessID))
-            .or_cannot(|| "return to the agent's PID namespace")?;
-    }
-    match forked.or_cannot(|| "fork a process into the container: it may have ended")? {
-        Forked::Parent(pid, pidfd) => Ok((pid, pidfd)),
-        Forked::Child => sys::exit_now(1),
-    }
 }
 
 /// The process's user and group as the guest knows them.

@@ -14,7 +14,7 @@ use super::{
     id_maps::{self, IdMaps},
     identity, mount_options,
     mounts::{self, MountPlan},
-    resources::{self, Available, Setting},
+    resources::{self, Present, Setting},
     seccomp, sysctl,
 };
 use crate::error::{Error, Result};
@@ -91,7 +91,7 @@ impl Namespaces {
 }
 
 /// Checks the request.
-pub(super) fn plan(request: &CreateContainerRequest, available: &Available) -> Result<Plan> {
+pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Result<Plan> {
     check_id(&request.container_id)?;
     let spec: Spec = serde_json::from_slice(&request.spec)
         .map_err(|error| Error::invalid("config.json", error.to_string()))?;
@@ -133,7 +133,7 @@ pub(super) fn plan(request: &CreateContainerRequest, available: &Available) -> R
         devices: devices::plan(linux.devices().as_deref().unwrap_or_default())?,
         device_rules: device_filter::rules(rules)?,
         settings: resources
-            .map(|resources| resources::settings(resources, available))
+            .map(|resources| resources::settings(resources, pristine))
             .transpose()?
             .unwrap_or_default(),
         sysctls: sysctl::plan(linux.sysctl().as_ref(), &namespaces)?,

@@ -4,7 +4,8 @@ use bulkhead_agent_protocol::{
     client::AgentClient,
     messages::{
         ContainerRequest, ExecProcessRequest, RemoveContainerRequest, ResizeTerminalRequest,
-        SignalProcessRequest, StartContainerRequest, Stdio, WaitProcessRequest,
+        SignalProcessRequest, StartContainerRequest, StatsResponse, Stdio, UpdateContainerRequest,
+        WaitOutOfMemoryRequest, WaitProcessRequest,
     },
 };
 use ttrpc::context::with_timeout;
@@ -100,10 +101,36 @@ impl Container<'_> {
             .expect("resumed");
     }
 
-    pub(crate) fn stats(&self) {
+    pub(crate) fn stats(&self) -> StatsResponse {
         self.client()
             .stats(with_timeout(DEADLINE), &self.request())
-            .expect("statistics");
+            .expect("statistics")
+    }
+
+    pub(crate) fn update(&self, resources: &serde_json::Value) -> Result<(), (String, String)> {
+        let request = UpdateContainerRequest {
+            container_id: self.id.clone(),
+            resources: serde_json::to_vec(resources).expect("JSON"),
+            ..Default::default()
+        };
+        self.client()
+            .update_container(with_timeout(DEADLINE), &request)
+            .map(drop)
+            .map_err(status)
+    }
+
+    /// How many processes have been ended, and whether the container has.
+    pub(crate) fn wait_out_of_memory(&self, seen: u64) -> (u64, bool) {
+        let request = WaitOutOfMemoryRequest {
+            container_id: self.id.clone(),
+            seen,
+            ..Default::default()
+        };
+        let response = self
+            .client()
+            .wait_out_of_memory(with_timeout(DEADLINE), &request)
+            .expect("waited");
+        (response.kills, response.gone)
     }
 
     pub(crate) fn processes(&self) -> Vec<String> {

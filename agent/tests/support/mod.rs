@@ -26,8 +26,8 @@ use ttrpc::context::with_timeout;
 /// How long any request may take, nanoseconds.
 const DEADLINE: i64 = 30_000_000_000;
 
-/// A name and what it checks.
-pub(crate) type Case = (&'static str, fn(&Fixture));
+/// A name, the controllers of cgroup v2 that it needs, and what it checks.
+pub(crate) type Case = (&'static str, &'static [&'static str], fn(&Fixture));
 
 /// Runs the cases whose names contain the arguments, or serves.
 pub(crate) fn main(cases: &[Case]) {
@@ -51,9 +51,16 @@ pub(crate) fn main(cases: &[Case]) {
     }
     let wanted: Vec<_> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
     let chosen = |name: &str| wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str()));
-    let chosen: Vec<_> = cases.iter().filter(|(name, _)| chosen(name)).collect();
-    let mut failed = 0;
-    for (name, case) in &chosen {
+    let chosen: Vec<_> = cases.iter().filter(|(name, ..)| chosen(name)).collect();
+    let controllers = controllers();
+    let (mut failed, mut skipped) = (0, 0);
+    for (name, needs, case) in &chosen {
+        let lacking = |need: &&&str| !controllers.iter().any(|have| have == **need);
+        if let Some(missing) = needs.iter().find(lacking) {
+            println!("skipped {name}: needs the controller {missing} of cgroup v2");
+            skipped += 1;
+            continue;
+        }
         let fixture = Fixture::new();
         let outcome = catch_unwind(AssertUnwindSafe(|| case(&fixture)));
         println!(
@@ -64,12 +71,24 @@ pub(crate) fn main(cases: &[Case]) {
     }
     // As the standard harness closes, for whoever counts.
     println!(
-        "test result: {}. {} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out",
+        "test result: {}. {} passed; {failed} failed; {skipped} ignored; 0 measured; {} filtered out",
         if failed == 0 { "ok" } else { "FAILED" },
-        chosen.len() - failed,
+        chosen.len() - failed - skipped,
         cases.len() - chosen.len(),
     );
     assert_eq!(failed, 0, "{failed} cases failed");
+}
+
+/// What cgroup v2 has on this machine.
+fn controllers() -> Vec<String> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    let mounted = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+    let Some(place) = mounted.and_then(|line| line.split(' ').nth(4)) else {
+        return Vec::new();
+    };
+    let file = Path::new(place).join("cgroup.controllers");
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.split_whitespace().map(str::to_owned).collect()
 }
 
 /// A minimal spec that runs the arguments.
