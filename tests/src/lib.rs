@@ -5,6 +5,7 @@ mod bench;
 mod bundle;
 mod cases;
 mod leftovers;
+mod mutation;
 mod process;
 mod runner;
 mod runtime;

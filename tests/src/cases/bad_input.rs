@@ -19,7 +19,7 @@ super::cases!(bad_input;
     vm: unknown_fields, unreadable_bundle, guest_too_large);
 
 /// Words of Rust's own in a message for people.
-const DEBUG_WORDS: [&str; 8] = [
+pub(super) const DEBUG_WORDS: [&str; 8] = [
     "Err(",
     "Ok(",
     "Some(",

@@ -9,6 +9,7 @@ mod host;
 mod isolation;
 mod lifecycle;
 mod limits;
+mod mutants;
 mod process;
 mod security;
 mod signals;
@@ -54,6 +55,7 @@ pub(crate) fn all() -> Vec<Case> {
         volumes::cases(),
         host::cases(),
         bad_input::cases(),
+        mutants::cases(),
         broken_host::cases(),
         vm::cases(),
         crash::cases(),
