@@ -375,6 +375,15 @@ fn seccomp(fixture: &Fixture) {
         let run = fixture.run_spec("seccomp", &spec, b"");
         assert_eq!(run.stdout, "refused\ndone\n", "{}", run.stderr);
     }
+    // A profile of before faccessat2, installed before the program is looked up.
+    for name in ["echo", "/bin/echo"] {
+        let mut spec = spec(&[name, "ran"]);
+        spec["process"]["noNewPrivileges"] = json!(false);
+        spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [{"names": ["faccessat2"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]});
+        let run = fixture.run_spec("seccomp-old", &spec, b"");
+        assert_eq!(run.stdout, "ran\n", "{}", run.stderr);
+    }
 }
 
 fn hooks(fixture: &Fixture) {

@@ -61,13 +61,19 @@ impl Capabilities {
         };
         set_capabilities(None, sets).or_cannot(|| "set the capabilities (process.capabilities)")?;
         clear_ambient_capability_set().or_cannot(|| "clear the ambient capabilities")?;
-        for number in (0..64).filter(|number| self.ambient & 1 << number != 0) {
+        for number in (0..64).filter(|number| self.can_be_ambient() & 1 << number != 0) {
             let one = CapabilitySet::from_bits_retain(1 << number);
             configure_capability_in_ambient_set(one, true).or_cannot(|| {
                 format!("raise ambient capability {number} (process.capabilities.ambient)")
             })?;
         }
         Ok(())
+    }
+
+    /// Only what is permitted and inheritable can be ambient (capabilities(7)). The rest is left
+    /// out, as by runc and crun: the configuration that `runc spec` writes has such a rest.
+    fn can_be_ambient(&self) -> u64 {
+        self.ambient & self.permitted & self.inheritable
     }
 }
 
@@ -141,5 +147,16 @@ mod tests {
         assert_eq!(capabilities.effective, 1 << 5);
         assert_eq!(capabilities.permitted, 0);
         assert_eq!(Capabilities::of(None), Capabilities::default());
+    }
+
+    #[test]
+    fn ambient_is_what_can_be() {
+        let sets: LinuxCapabilities = serde_json::from_value(serde_json::json!({
+            "permitted": ["CAP_CHOWN", "CAP_KILL"],
+            "inheritable": ["CAP_CHOWN", "CAP_SETUID"],
+            "ambient": ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID"],
+        }))
+        .expect("sets");
+        assert_eq!(Capabilities::of(Some(&sets)).can_be_ambient(), 1);
     }
 }

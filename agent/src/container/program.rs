@@ -66,7 +66,11 @@ fn check(path: &Path) -> rustix::io::Result<()> {
         return Err(Errno::ISDIR);
     }
     // root passes the kernel's check where any of the three bits is set.
-    fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+    match fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS) {
+        // The container's filter knows no faccessat2, as profiles of before 2021: execve decides.
+        Err(Errno::PERM | Errno::NOSYS) => Ok(()),
+        result => result,
+    }
 }
 
 fn not_found(name: &str, why: &str) -> Error {
