@@ -69,8 +69,17 @@ pub(super) fn record(
     let annotations = loaded.spec.annotations().clone().unwrap_or_default();
     record.annotations = annotations.into_iter().collect();
     let container = context.root.create(id)?;
-    container.lock()?.write(&record)?;
-    container.write_config(&loaded.bytes)?;
+    let locked = container.lock()?;
+    let kept = locked
+        .write(&record)
+        .and_then(|()| container.write_config(&loaded.bytes));
+    if kept.is_err()
+        && let Err(error) = locked.remove()
+    {
+        tracing::error!("cannot clean up: {}", crate::error::chain(&error));
+    }
+    kept?;
+    drop(locked);
     Ok(container)
 }
 

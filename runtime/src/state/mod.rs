@@ -3,7 +3,6 @@
 //! ```text
 //! <root>/<id>/state.json    the record; replaced by rename, so it is never half written
 //!             config.json   the bundle's configuration as it was at `create`
-//!             lock          flock(2): held while the record is read, judged and replaced
 //!             sockets/      the VM's vsock sockets
 //!             vmm.log       what the VMM wrote to its standard error; locked while it lives
 //!             monitor.lock  locked by a monitor whose pid is not recorded yet
@@ -46,7 +45,6 @@ pub const VMM_LOG: &str = "vmm.log";
 pub const MONITOR_LOCK: &str = "monitor.lock";
 const RECORD: &str = "state.json";
 const NEW_RECORD: &str = "state.json.new";
-const LOCK: &str = "lock";
 
 /// A container's state could not be read or written.
 #[derive(Debug, Error)]
@@ -128,13 +126,19 @@ impl StateRoot {
                     io_error("create the container's directory", &path)(error)
                 }
             })?;
-        let container = self.open(id)?;
         let sockets = path.join(SOCKETS);
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&sockets)
-            .map_err(io_error("create the directory of sockets", &sockets))?;
-        Ok(container)
+        let container = self.open(id).and_then(|container| {
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&sockets)
+                .map_err(io_error("create the directory of sockets", &sockets))?;
+            Ok(container)
+        });
+        if container.is_err() {
+            // Empty, and nobody else's: what it is for could not be begun.
+            let _ = fs::remove_dir(&path);
+        }
+        container
     }
 
     /// The container of this id.
@@ -230,26 +234,28 @@ impl Container {
         self.write(CONFIG, bytes)
     }
 
-    /// Waits for the lock.
+    /// Waits for the lock, flock(2) of the directory itself: locking, and so removing, works even
+    /// where there is no room for another file.
     pub fn lock(&self) -> Result<Locked<'_>, StateError> {
-        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let lock = rustix::fs::openat(&self.directory, LOCK, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|error| match error {
-                rustix::io::Errno::NOENT => StateError::Missing(self.id.clone()),
-                error => io_error("open", self.path.join(LOCK))(error.into()),
-            })?;
+        let failed = |error: rustix::io::Errno| io_error("lock", &self.path)(error.into());
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let lock =
+            rustix::fs::openat(&self.directory, ".", flags, Mode::empty()).map_err(failed)?;
         loop {
             match rustix::fs::flock(&lock, FlockOperation::LockExclusive) {
                 Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(io_error("lock", self.path.join(LOCK))(error.into())),
-                Ok(()) => {
-                    return Ok(Locked {
-                        container: self,
-                        _lock: lock,
-                    });
-                }
+                Err(error) => return Err(failed(error)),
+                Ok(()) => break,
             }
         }
+        // It may have been removed meanwhile, and a new one may go by its name.
+        if rustix::fs::fstat(&lock).map_err(failed)?.st_nlink == 0 {
+            return Err(StateError::Missing(self.id.clone()));
+        }
+        Ok(Locked {
+            container: self,
+            _lock: lock,
+        })
     }
 
     /// Opens a file of the directory for appending, made if need be, and locks it for as long as
@@ -345,7 +351,7 @@ impl Locked<'_> {
         let names: Vec<_> = fs::read_dir(&container.path)
             .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
             .map_err(failed)?;
-        for name in names.iter().filter(|name| *name != RECORD && *name != LOCK) {
+        for name in names.iter().filter(|name| *name != RECORD) {
             let path = container.path.join(name);
             if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir()) {
                 fs::remove_dir_all(&path).map_err(io_error("remove", path))?;
@@ -353,12 +359,12 @@ impl Locked<'_> {
                 fs::remove_file(&path).map_err(io_error("remove", path))?;
             }
         }
-        for name in [RECORD, LOCK] {
-            match rustix::fs::unlinkat(&container.directory, name, AtFlags::empty()) {
-                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-                Err(error) => {
-                    return Err(io_error("remove", container.path.join(name))(error.into()));
-                }
+        match rustix::fs::unlinkat(&container.directory, RECORD, AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => {
+                return Err(io_error("remove", container.path.join(RECORD))(
+                    error.into(),
+                ));
             }
         }
         fs::remove_dir(&container.path).map_err(failed)

@@ -10,6 +10,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod mutants;
+mod pressure;
 mod process;
 mod security;
 mod signals;
@@ -56,6 +57,7 @@ pub(crate) fn all() -> Vec<Case> {
         host::cases(),
         bad_input::cases(),
         mutants::cases(),
+        pressure::cases(),
         broken_host::cases(),
         vm::cases(),
         crash::cases(),
