@@ -89,19 +89,21 @@ pub fn walk<'m>(
     Ok(())
 }
 
+/// How many pieces the first `count` bytes fill, and how many bytes of the next they reach into.
+fn split(pieces: &[VolatileSlice<'_>], count: usize) -> (usize, usize) {
+    let mut left = count;
+    for (index, piece) in pieces.iter().enumerate() {
+        match left.checked_sub(piece.len()) {
+            Some(rest) => left = rest,
+            None => return (index, left),
+        }
+    }
+    (pieces.len(), left)
+}
+
 /// Shortens a list of pieces to `limit` bytes.
 pub fn truncate(pieces: &mut Vec<VolatileSlice<'_>>, limit: usize) {
-    let mut left = limit;
-    let whole = pieces
-        .iter()
-        .take_while(|piece| match left.checked_sub(piece.len()) {
-            Some(rest) => {
-                left = rest;
-                true
-            }
-            None => false,
-        })
-        .count();
+    let (whole, left) = split(pieces, limit);
     let cut = pieces
         .get(whole)
         .filter(|_| left > 0)
@@ -112,17 +114,7 @@ pub fn truncate(pieces: &mut Vec<VolatileSlice<'_>>, limit: usize) {
 
 /// Drops the first `count` bytes of a list of pieces.
 pub fn advance(pieces: &mut Vec<VolatileSlice<'_>>, count: usize) {
-    let mut left = count;
-    let whole = pieces
-        .iter()
-        .take_while(|piece| match left.checked_sub(piece.len()) {
-            Some(rest) => {
-                left = rest;
-                true
-            }
-            None => false,
-        })
-        .count();
+    let (whole, left) = split(pieces, count);
     pieces.drain(..whole);
     if left > 0
         && let Some(first) = pieces.first_mut()
