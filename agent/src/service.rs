@@ -1,6 +1,10 @@
 //! The ttrpc service: turns requests into calls of the sandbox and their results into responses.
 
-use std::{future::Future, os::fd::OwnedFd, sync::Arc};
+use std::{
+    future::Future,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use bulkhead_agent_protocol::{
@@ -22,6 +26,7 @@ use rustix::{
 use ttrpc::{r#async::TtrpcContext, asynchronous::transport::Listener};
 
 use crate::{
+    container::Container,
     error::{Attempt, Error, Result},
     guest,
     reaper::Reaper,
@@ -84,16 +89,27 @@ struct Service {
     sandbox: Arc<Sandbox>,
 }
 
+impl Service {
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        self.sandbox.container(id)
+    }
+}
+
 /// Runs a step to its end even if the caller's connection breaks, which drops the handler.
 async fn to_the_end<T: Send + 'static>(
     step: impl Future<Output = Result<T>> + Send + 'static,
-) -> ttrpc::Result<T> {
+) -> Reply<T> {
     match tokio::spawn(step).await {
         Ok(done) => Ok(done?),
         Err(error) => {
             Err(Error::new(ErrorKind::Internal, format!("the agent failed: {error}")).into())
         }
     }
+}
+
+/// The answer of requests that only succeed or fail.
+fn done((): ()) -> Empty {
+    Empty::new()
 }
 
 /// Signals are named by number, real-time ones included.
@@ -118,20 +134,21 @@ fn cells(name: &str, value: u32) -> Result<u16> {
 }
 
 type Context = TtrpcContext;
+type Reply<T> = ttrpc::Result<T>;
 
 #[async_trait]
 impl Agent for Service {
     async fn set_up_sandbox(
         &self,
         _: &Context,
-        request: SetUpSandboxRequest,
-    ) -> ttrpc::Result<SetUpSandboxResponse> {
-        if request.realtime_ns != 0 {
-            set_clock(request.realtime_ns)?;
+        asked: SetUpSandboxRequest,
+    ) -> Reply<SetUpSandboxResponse> {
+        if asked.realtime_ns != 0 {
+            set_clock(asked.realtime_ns)?;
         }
-        if !request.hostname.is_empty() {
-            sethostname(request.hostname.as_bytes())
-                .or_cannot(|| format!("set the guest's host name {:?}", request.hostname))?;
+        if !asked.hostname.is_empty() {
+            sethostname(asked.hostname.as_bytes())
+                .or_cannot(|| format!("set the guest's host name {:?}", asked.hostname))?;
         }
         Ok(SetUpSandboxResponse {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -143,63 +160,46 @@ impl Agent for Service {
     async fn create_container(
         &self,
         _: &Context,
-        request: CreateContainerRequest,
-    ) -> ttrpc::Result<CreateContainerResponse> {
-        let pid = to_the_end(self.sandbox.clone().create(request)).await?;
+        asked: CreateContainerRequest,
+    ) -> Reply<CreateContainerResponse> {
+        let pid = to_the_end(self.sandbox.clone().create(asked)).await?;
         Ok(CreateContainerResponse {
             pid: pid.as_raw_nonzero().get(),
             ..Default::default()
         })
     }
 
-    async fn start_container(
-        &self,
-        _: &Context,
-        request: StartContainerRequest,
-    ) -> ttrpc::Result<Empty> {
-        let container = self.sandbox.container(&request.container_id)?;
-        to_the_end(async move { container.start().await }).await?;
-        Ok(Empty::new())
+    async fn start_container(&self, _: &Context, asked: StartContainerRequest) -> Reply<Empty> {
+        let container = self.container(&asked.container_id)?;
+        to_the_end(async move { container.start().await })
+            .await
+            .map(done)
     }
 
     async fn exec_process(
         &self,
         _: &Context,
-        request: ExecProcessRequest,
-    ) -> ttrpc::Result<ExecProcessResponse> {
-        let pid = to_the_end(self.sandbox.clone().exec(request)).await?;
+        asked: ExecProcessRequest,
+    ) -> Reply<ExecProcessResponse> {
+        let pid = to_the_end(self.sandbox.clone().exec(asked)).await?;
         Ok(ExecProcessResponse {
             pid: pid.as_raw_nonzero().get(),
             ..Default::default()
         })
     }
 
-    async fn remove_container(
-        &self,
-        _: &Context,
-        request: RemoveContainerRequest,
-    ) -> ttrpc::Result<Empty> {
-        let sandbox = self.sandbox.clone();
-        to_the_end(sandbox.remove(request.container_id, request.force)).await?;
-        Ok(Empty::new())
+    async fn remove_container(&self, _: &Context, asked: RemoveContainerRequest) -> Reply<Empty> {
+        let removal = self.sandbox.clone().remove(asked.container_id, asked.force);
+        to_the_end(removal).await.map(done)
     }
 
-    async fn signal_process(
-        &self,
-        _: &Context,
-        request: SignalProcessRequest,
-    ) -> ttrpc::Result<Empty> {
-        let signal = signal(request.signal)?;
-        if request.all {
-            self.sandbox
-                .container(&request.container_id)?
-                .signal_all(signal)
-                .await?;
+    async fn signal_process(&self, _: &Context, asked: SignalProcessRequest) -> Reply<Empty> {
+        let signal = signal(asked.signal)?;
+        let (container, process) = (&asked.container_id, &asked.exec_id);
+        if asked.all {
+            self.container(container)?.signal_all(signal).await?;
         } else {
-            let process = self
-                .sandbox
-                .process(&request.container_id, &request.exec_id)?;
-            process.signal(signal)?;
+            self.sandbox.process(container, process)?.signal(signal)?;
         }
         Ok(Empty::new())
     }
@@ -207,11 +207,9 @@ impl Agent for Service {
     async fn wait_process(
         &self,
         _: &Context,
-        request: WaitProcessRequest,
-    ) -> ttrpc::Result<WaitProcessResponse> {
-        let process = self
-            .sandbox
-            .process(&request.container_id, &request.exec_id)?;
+        asked: WaitProcessRequest,
+    ) -> Reply<WaitProcessResponse> {
+        let process = self.sandbox.process(&asked.container_id, &asked.exec_id)?;
         let ended = process.wait().await;
         Ok(WaitProcessResponse {
             status: ended.status,
@@ -220,70 +218,40 @@ impl Agent for Service {
         })
     }
 
-    async fn resize_terminal(
-        &self,
-        _: &Context,
-        request: ResizeTerminalRequest,
-    ) -> ttrpc::Result<Empty> {
-        let process = self
-            .sandbox
-            .process(&request.container_id, &request.exec_id)?;
-        process.resize(
-            cells("rows", request.rows)?,
-            cells("columns", request.columns)?,
-        )?;
+    async fn resize_terminal(&self, _: &Context, asked: ResizeTerminalRequest) -> Reply<Empty> {
+        let (rows, columns) = (cells("rows", asked.rows)?, cells("columns", asked.columns)?);
+        let process = self.sandbox.process(&asked.container_id, &asked.exec_id)?;
+        Ok(process.resize(rows, columns).map(done)?)
+    }
+
+    async fn close_stdin(&self, _: &Context, asked: CloseStdinRequest) -> Reply<Empty> {
+        let process = self.sandbox.process(&asked.container_id, &asked.exec_id)?;
+        process.close_stdin();
         Ok(Empty::new())
     }
 
-    async fn close_stdin(&self, _: &Context, request: CloseStdinRequest) -> ttrpc::Result<Empty> {
-        self.sandbox
-            .process(&request.container_id, &request.exec_id)?
-            .close_stdin();
-        Ok(Empty::new())
+    async fn pause_container(&self, _: &Context, asked: ContainerRequest) -> Reply<Empty> {
+        let container = self.container(&asked.container_id)?;
+        Ok(container.freeze(true).await.map(done)?)
     }
 
-    async fn pause_container(
-        &self,
-        _: &Context,
-        request: ContainerRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.sandbox
-            .container(&request.container_id)?
-            .freeze(true)
-            .await?;
-        Ok(Empty::new())
+    async fn resume_container(&self, _: &Context, asked: ContainerRequest) -> Reply<Empty> {
+        let container = self.container(&asked.container_id)?;
+        Ok(container.freeze(false).await.map(done)?)
     }
 
-    async fn resume_container(
-        &self,
-        _: &Context,
-        request: ContainerRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.sandbox
-            .container(&request.container_id)?
-            .freeze(false)
-            .await?;
-        Ok(Empty::new())
-    }
-
-    async fn update_container(
-        &self,
-        _: &Context,
-        request: UpdateContainerRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.sandbox
-            .container(&request.container_id)?
-            .update(&request.resources)?;
-        Ok(Empty::new())
+    async fn update_container(&self, _: &Context, asked: UpdateContainerRequest) -> Reply<Empty> {
+        let container = self.container(&asked.container_id)?;
+        Ok(container.update(&asked.resources).map(done)?)
     }
 
     async fn wait_out_of_memory(
         &self,
         _: &Context,
-        request: WaitOutOfMemoryRequest,
-    ) -> ttrpc::Result<WaitOutOfMemoryResponse> {
-        let container = self.sandbox.container(&request.container_id)?;
-        let (kills, gone) = container.wait_out_of_memory(request.seen).await?;
+        asked: WaitOutOfMemoryRequest,
+    ) -> Reply<WaitOutOfMemoryResponse> {
+        let container = self.container(&asked.container_id)?;
+        let (kills, gone) = container.wait_out_of_memory(asked.seen).await?;
         Ok(WaitOutOfMemoryResponse {
             kills,
             gone,
@@ -291,36 +259,32 @@ impl Agent for Service {
         })
     }
 
-    async fn stats(&self, _: &Context, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
-        Ok(self.sandbox.container(&request.container_id)?.stats()?)
+    async fn stats(&self, _: &Context, asked: ContainerRequest) -> Reply<StatsResponse> {
+        Ok(self.container(&asked.container_id)?.stats()?)
     }
 
     async fn list_processes(
         &self,
         _: &Context,
-        request: ContainerRequest,
-    ) -> ttrpc::Result<ListProcessesResponse> {
-        let proc = self.sandbox.surroundings().proc.try_clone();
-        let proc = proc.or_cannot(|| "reach /proc")?;
-        let container = self.sandbox.container(&request.container_id)?;
+        asked: ContainerRequest,
+    ) -> Reply<ListProcessesResponse> {
+        let container = self.container(&asked.container_id)?;
         Ok(ListProcessesResponse {
-            processes: container.processes(std::os::fd::AsFd::as_fd(&proc))?,
+            processes: container.processes(self.sandbox.surroundings().proc.as_fd())?,
             ..Default::default()
         })
     }
 
-    async fn set_clock(&self, _: &Context, request: SetClockRequest) -> ttrpc::Result<Empty> {
-        set_clock(request.realtime_ns)?;
-        Ok(Empty::new())
+    async fn set_clock(&self, _: &Context, asked: SetClockRequest) -> Reply<Empty> {
+        Ok(set_clock(asked.realtime_ns).map(done)?)
     }
 
-    async fn shutdown(&self, _: &Context, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+    async fn shutdown(&self, _: &Context, _: ShutdownRequest) -> Reply<Empty> {
         let sandbox = self.sandbox.clone();
-        to_the_end(async move {
+        let end = async move {
             sandbox.end().await;
             guest::reset()
-        })
-        .await?;
-        Ok(Empty::new())
+        };
+        to_the_end(end).await.map(done)
     }
 }

@@ -292,6 +292,8 @@ fn exec_with_grandchildren(fixture: &Fixture) {
 fn pause_and_lists(fixture: &Fixture) {
     let container = fixture.start("pause", &spec(&["sh", "-c", "sleep 1000"]), Stdio::new());
     container.pause();
+    let error = container.try_exec("one", &["true"]).expect_err("refused");
+    assert!(error.contains("is paused: resume it first"), "{error}");
     let state = container.processes();
     assert!(
         state
@@ -483,7 +485,13 @@ fn refusals(fixture: &Fixture) {
             "INVALID_ARGUMENT",
             "mounts[0].options",
         ),
-        ("/process/cwd", json!(5), "INVALID_ARGUMENT", "config.json"),
+        ("/process/cwd", json!(5), "INVALID_ARGUMENT", "process.cwd"),
+        (
+            "/process/user",
+            json!([0, 0]),
+            "INVALID_ARGUMENT",
+            "process.user: ",
+        ),
         (
             "/vm",
             json!({"kernel": {"path": "/k"}}),

@@ -1,6 +1,9 @@
 //! The ttrpc contract between Bulkhead's host side and the agent in the guest: messages, the
 //! client (feature `client`, blocking) and the server (feature `server`, asynchronous), the vsock
-//! ports, the greeting and the meaning of error codes. Knows neither side's workings.
+//! ports, the greeting, the meaning of error codes, and how OCI documents are read ([`oci`]). Knows
+//! neither side's workings.
+
+pub mod oci;
 
 use serde::{Deserialize, Serialize};
 

@@ -40,8 +40,8 @@ use std::{
 use bulkhead_agent_protocol::{
     ErrorKind,
     messages::{CreateContainerRequest, Process as ProcessLine, StatsResponse, Stdio},
+    oci,
 };
-use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use rustix::process::Pid;
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
@@ -220,6 +220,10 @@ impl Container {
                 "nothing can run in it",
             ));
         }
+        // A process born in a frozen cgroup would never say that it is ready.
+        if self.cgroup.is_frozen() {
+            return Err(wrong_state(&self.id, "is paused", "resume it first"));
+        }
         self.make_room_for(id)?;
         let target = Target {
             pid: self.init.pid().as_raw_nonzero().get(),
@@ -304,8 +308,7 @@ impl Container {
             let rule = "its limits cannot be changed";
             return Err(wrong_state(&self.id, "has stopped", rule));
         }
-        let resources: LinuxResources = serde_json::from_slice(resources)
-            .map_err(|error| Error::invalid("linux.resources", error.to_string()))?;
+        let resources = plan::read("linux.resources", oci::resources(resources))?;
         let settings = resources::settings(&resources, &self.cgroup.present())?;
         let rules = resources.devices().as_deref().map(device_filter::rules);
         let rules = rules.transpose()?;
@@ -365,8 +368,7 @@ async fn exec(
     target: Option<Target<'_>>,
     cgroup: Option<BorrowedFd<'_>>,
 ) -> Result<Arc<Process>> {
-    let spec: ProcessSpec = serde_json::from_slice(process)
-        .map_err(|error| Error::invalid("process", error.to_string()))?;
+    let spec = plan::read("process", oci::process(process))?;
     let plan = identity::plan(&spec)?;
     let terminal = plan::terminal(&spec, stdio)?;
     let (child_io, agent_io) =

@@ -3,7 +3,10 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use bulkhead_agent_protocol::messages::{CreateContainerRequest, Stdio};
+use bulkhead_agent_protocol::{
+    messages::{CreateContainerRequest, Stdio},
+    oci,
+};
 use oci_spec::runtime::{
     Hook, Hooks, Linux, LinuxNamespaceType, LinuxPersonalityDomain, Process, Spec,
 };
@@ -62,6 +65,8 @@ pub(super) struct Plan {
     pub(super) start_hooks: Vec<Hook>,
     /// For the state that hooks are given.
     pub(super) annotations: HashMap<String, String>,
+    /// The bundle's directory on the host, for the same.
+    pub(super) bundle: String,
     /// Version of the spec, for the same.
     pub(super) oci_version: String,
     /// Whether its process gets a session keyring of its own.
@@ -93,8 +98,7 @@ impl Namespaces {
 /// Checks the request.
 pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Result<Plan> {
     check_id(&request.container_id)?;
-    let spec: Spec = serde_json::from_slice(&request.spec)
-        .map_err(|error| Error::invalid("config.json", error.to_string()))?;
+    let spec = read("config.json", oci::spec(&request.spec))?;
     refuse_foreign(&spec)?;
     let process = spec
         .process()
@@ -144,11 +148,27 @@ pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Resu
         time_offsets: time_offsets(linux, &namespaces)?,
         start_hooks: start_hooks(spec.hooks().as_ref())?,
         annotations: spec.annotations().clone().unwrap_or_default(),
+        bundle: request.bundle.clone(),
         oci_version: spec.version().clone(),
         new_keyring: !request.no_new_keyring,
         process: identity::plan(process)?,
         terminal: terminal(process, &request.stdio)?,
     })
+}
+
+/// What a document says, with a warning about capabilities that nobody knows.
+pub(super) fn read<T>(
+    document: &str,
+    read: std::result::Result<oci::Read<T>, oci::ReadError>,
+) -> Result<T> {
+    let read = read.map_err(|error| match error.field.as_str() {
+        "" => Error::invalid(document, error.cause.to_string()),
+        field => Error::invalid(field, error.cause.to_string()),
+    })?;
+    for name in read.unknown_capabilities {
+        tracing::warn!("process.capabilities: {name:?} is unknown and left out");
+    }
+    Ok(read.value)
 }
 
 /// Ids become names of directories.
@@ -374,16 +394,7 @@ fn start_hooks(hooks: Option<&Hooks>) -> Result<Vec<Hook>> {
     let Some(hooks) = hooks else {
         return Ok(Vec::new());
     };
-    // prestart, createRuntime, poststart and poststop run on the host: not this side's matter.
-    if hooks
-        .create_container()
-        .as_ref()
-        .is_some_and(|h| !h.is_empty())
-    {
-        let reason = "their programs lie on the host, which the guest does not see; \
-                      use createRuntime (host) or startContainer (container)";
-        return Err(Error::unsupported("hooks.createContainer", reason));
-    }
+    // The others run on the host: not this side's matter.
     let hooks = hooks.start_container().clone().unwrap_or_default();
     for (index, hook) in hooks.iter().enumerate() {
         let field = format!("hooks.startContainer[{index}]");

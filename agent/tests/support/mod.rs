@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     io::{BufRead, BufReader, Read, Write},
     net::Shutdown,
-    os::unix::net::UnixStream,
+    os::unix::{fs::symlink, net::UnixStream},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio as Standard},
@@ -182,11 +182,12 @@ impl Fixture {
         let rootfs = directory.join("share/rootfs");
         std::fs::create_dir_all(rootfs.join("bin")).expect("made");
         std::fs::create_dir_all(directory.join("outside")).expect("made");
-        shell(
-            &rootfs,
-            "mkdir etc sbin proc sys dev; cp /bin/busybox bin/; \
-            for a in $(/bin/busybox --list); do test $a = busybox || ln -s busybox bin/$a; done",
-        );
+        shell(&rootfs, "mkdir etc sbin proc sys dev; cp /bin/busybox bin/");
+        let list = Command::new("/bin/busybox").arg("--list").output();
+        let list = String::from_utf8(list.expect("busybox").stdout).expect("names");
+        for applet in list.lines().filter(|applet| *applet != "busybox") {
+            symlink("busybox", rootfs.join("bin").join(applet)).expect("linked");
+        }
         let program = std::env::current_exe().expect("own path");
         let mut server = Command::new("unshare")
             .args([

@@ -8,7 +8,7 @@ use std::{
 
 use bulkhead_agent::{container::CGROUP_MOUNT_POINT, guest, sandbox::Sandbox, service};
 use rustix::{
-    mount::{MountFlags, mount},
+    mount::{MountFlags, UnmountFlags, mount, unmount},
     thread::{UnshareFlags, unshare_unsafe},
 };
 
@@ -66,6 +66,8 @@ fn enter_cgroup(directory: &Path) {
     // SAFETY: only the cgroup namespace changes; there is one thread.
     unsafe { unshare_unsafe(UnshareFlags::NEWCGROUP) }.expect("cgroup namespace");
     std::fs::create_dir_all(CGROUP_MOUNT_POINT).expect("made");
+    // The same filesystem cannot be mounted over itself.
+    let _ = unmount(CGROUP_MOUNT_POINT, UnmountFlags::DETACH);
     mount(
         "cgroup2",
         CGROUP_MOUNT_POINT,
