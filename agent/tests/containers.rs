@@ -402,9 +402,11 @@ fn hooks(fixture: &Fixture) {
         run.stdout,
         run.stderr
     );
-    spec["hooks"] = json!({"startContainer": [{"path": "/bin/false"}]});
+    let script = "echo never mind; echo no >&2; echo thanks >&2; exit 3";
+    spec["hooks"] = json!({"startContainer": [{"path": "/bin/true"}, {"path": "/bin/sh", "args": ["sh", "-c", script]}]});
     let error = fixture.try_run("hooks-fail", &spec).expect_err("refused");
-    assert!(error.contains("hooks.startContainer[0]"), "{error}");
+    let expected = "/bin/sh (hooks.startContainer[1]) failed: exit status: 3: no; thanks";
+    assert!(error.contains(expected), "{error}");
     spec["hooks"] =
         json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "60"], "timeout": 1}]});
     let error = fixture.try_run("hooks-late", &spec).expect_err("refused");
@@ -451,9 +453,9 @@ fn refusals(fixture: &Fixture) {
         ),
         (
             "/hooks",
-            json!({"createContainer": [{"path": "/x"}]}),
-            "UNIMPLEMENTED",
-            "hooks.createContainer",
+            json!({"startContainer": [{"path": "x"}]}),
+            "INVALID_ARGUMENT",
+            "hooks.startContainer[0].path",
         ),
         (
             "/ociVersion",

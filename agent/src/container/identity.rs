@@ -2,7 +2,7 @@
 //! [`Plan`] is the checked form of the spec's `process`; applying it is the last thing before
 //! `execve`.
 
-use std::{ffi::CString, os::fd::BorrowedFd, path::PathBuf};
+use std::{collections::HashSet, ffi::CString, os::fd::BorrowedFd, path::PathBuf};
 
 use oci_spec::runtime::{
     IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
@@ -81,7 +81,7 @@ pub(super) fn plan(process: &Process) -> Result<Plan> {
     }
     Ok(Plan {
         arguments,
-        environment: strings("process.env", process.env().as_deref().unwrap_or_default())?,
+        environment: environment(process.env().as_deref().unwrap_or_default())?,
         directory,
         uid: id("process.user.uid", user.uid())?,
         gid: id("process.user.gid", user.gid())?,
@@ -117,10 +117,29 @@ fn strings(field: &str, strings: &[String]) -> Result<Vec<CString>> {
     strings.collect()
 }
 
+/// Variables, each with a name; the last of several with one name counts, as with runc.
+fn environment(entries: &[String]) -> Result<Vec<CString>> {
+    let name = |entry: &str| entry.split_once('=').map(|(name, _)| name.to_owned());
+    for (index, entry) in entries.iter().enumerate() {
+        if name(entry).is_none_or(|name| name.is_empty()) {
+            let problem = "is not of the form name=value";
+            return Err(Error::invalid(format!("process.env[{index}]"), problem));
+        }
+    }
+    let mut variables = strings("process.env", entries)?;
+    let mut seen = HashSet::new();
+    let mut latest: Vec<_> = entries.iter().rev().map(|e| seen.insert(name(e))).collect();
+    variables.retain(|_| latest.pop().unwrap_or(false));
+    Ok(variables)
+}
+
 fn refuse(process: &Process) -> Result<()> {
     let filled = |value: &Option<String>| value.as_ref().is_some_and(|v| !v.is_empty());
     let no_module = "the guest kernel has no such security module; remove it";
-    if filled(process.apparmor_profile()) {
+    // What runs here is not confined by AppArmor: that wish is granted.
+    if filled(process.apparmor_profile())
+        && process.apparmor_profile().as_deref() != Some("unconfined")
+    {
         return Err(Error::unsupported("process.apparmorProfile", no_module));
     }
     if filled(process.selinux_label()) {
@@ -220,30 +239,70 @@ fn scheduling(scheduler: &Scheduler) -> Result<sys::SchedulingAttributes> {
             ));
         }
     };
-    let flags = scheduler.flags().iter().flatten().fold(0, |flags, flag| {
-        flags
-            | match flag {
-                LinuxSchedulerFlag::SchedResetOnFork => 0x01,
-                LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
-                LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
-                LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
-                LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
-                LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
-                LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
+    check_scheduling(scheduler)?;
+    let mut flags = 0;
+    for flag in scheduler.flags().iter().flatten() {
+        flags |= match flag {
+            LinuxSchedulerFlag::SchedResetOnFork => 0x01,
+            LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
+            LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
+            LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
+            LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
+            LinuxSchedulerFlag::SchedFlagUtilClampMin
+            | LinuxSchedulerFlag::SchedFlagUtilClampMax => {
+                let reason = "the spec has no field for its value; remove it";
+                return Err(Error::unsupported(
+                    format!("process.scheduler.flags {flag}"),
+                    reason,
+                ));
             }
-    });
-    let priority = scheduler.priority().unwrap_or(0);
+        };
+    }
     Ok(sys::SchedulingAttributes {
         size: 0,
         policy,
         flags,
         nice: scheduler.nice().unwrap_or(0),
-        priority: u32::try_from(priority)
+        priority: u32::try_from(scheduler.priority().unwrap_or(0))
             .map_err(|_| Error::invalid("process.scheduler.priority", "is negative"))?,
         runtime: scheduler.runtime().unwrap_or(0),
         deadline: scheduler.deadline().unwrap_or(0),
         period: scheduler.period().unwrap_or(0),
     })
+}
+
+/// The kernel takes no notice of values that do not belong to the policy (sched(7)).
+fn check_scheduling(scheduler: &Scheduler) -> Result<()> {
+    use LinuxSchedulerPolicy::{SchedBatch, SchedDeadline, SchedFifo, SchedOther, SchedRr};
+    let policy = scheduler.policy();
+    let nice = scheduler.nice().unwrap_or(0);
+    if !(-20..=19).contains(&nice) {
+        let problem = format!("{nice} is not in -20 to 19");
+        return Err(Error::invalid("process.scheduler.nice", problem));
+    }
+    let given = |value: &Option<u64>| value.is_some_and(|value| value != 0);
+    let of_deadline = [
+        ("runtime", given(scheduler.runtime())),
+        ("deadline", given(scheduler.deadline())),
+        ("period", given(scheduler.period())),
+    ];
+    let wrong = |field: &str, policies: &str| {
+        let problem = format!("belongs to {policies}, not to {policy}");
+        Err(Error::invalid(
+            format!("process.scheduler.{field}"),
+            problem,
+        ))
+    };
+    if nice != 0 && ![SchedOther, SchedBatch].contains(policy) {
+        return wrong("nice", "SCHED_OTHER and SCHED_BATCH");
+    }
+    if scheduler.priority().is_some_and(|p| p != 0) && ![SchedFifo, SchedRr].contains(policy) {
+        return wrong("priority", "SCHED_FIFO and SCHED_RR");
+    }
+    match of_deadline.iter().find(|(_, given)| *given) {
+        Some((field, _)) if *policy != SchedDeadline => wrong(field, "SCHED_DEADLINE"),
+        _ => Ok(()),
+    }
 }
 
 fn io_priority(process: &Process) -> Result<Option<(u16, u16)>> {
@@ -364,6 +423,29 @@ mod tests {
                 serde_json::json!({"ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 9}}),
                 "process.ioPriority.priority",
             ),
+            (serde_json::json!({"env": ["A"]}), "process.env[0]"),
+            (serde_json::json!({"env": ["A=", "=b"]}), "process.env[1]"),
+            (
+                serde_json::json!({"scheduler": {"policy": "SCHED_OTHER", "priority": 5}}),
+                "process.scheduler.priority",
+            ),
+            (
+                serde_json::json!({"scheduler": {"policy": "SCHED_FIFO", "nice": 5}}),
+                "process.scheduler.nice",
+            ),
+            (
+                serde_json::json!({"scheduler": {"policy": "SCHED_BATCH", "nice": 20}}),
+                "process.scheduler.nice",
+            ),
+            (
+                serde_json::json!({"scheduler": {"policy": "SCHED_RR", "period": 20}}),
+                "process.scheduler.period",
+            ),
+            (
+                serde_json::json!({"scheduler": {"policy": "SCHED_OTHER",
+                    "flags": ["SCHED_FLAG_UTIL_CLAMP_MIN"]}}),
+                "process.scheduler.flags SCHED_FLAG_UTIL_CLAMP_MIN",
+            ),
             (
                 serde_json::json!({"execCPUAffinity": {"initial": "0"}}),
                 "process.execCPUAffinity",
@@ -372,6 +454,16 @@ mod tests {
             let error = planned(changes).expect_err("refused").to_string();
             assert!(error.starts_with(field), "{error}");
         }
-        assert!(planned(serde_json::json!({"apparmorProfile": ""})).is_ok());
+        for profile in ["", "unconfined"] {
+            assert!(planned(serde_json::json!({"apparmorProfile": profile})).is_ok());
+        }
+    }
+
+    #[test]
+    fn the_last_of_equal_variables_counts() {
+        let env = ["A=1", "B=2", "A=3", "C=x=y", "B="];
+        let plan = planned(serde_json::json!({"env": env})).expect("valid");
+        let expected = [c"A=3", c"C=x=y", c"B="].map(ToOwned::to_owned);
+        assert_eq!(plan.environment, expected);
     }
 }

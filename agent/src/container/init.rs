@@ -15,7 +15,8 @@ use rustix::{
 };
 
 use super::{
-    channel, devices, hooks,
+    channel, devices,
+    hooks::Hooks,
     id_maps::write_of,
     mounts::{self, Sources},
     plan::Plan,
@@ -229,6 +230,7 @@ impl Init<'_> {
                 .or_cannot(|| "set the execution domain (linux.personality)")?;
         }
         process.apply_limits()?;
+        let hooks = Hooks::of(plan)?;
         // Without no_new_privs, installing a filter takes a privilege that the process is about
         // to lose.
         let early = !process.no_new_privileges;
@@ -242,7 +244,7 @@ impl Init<'_> {
         let environment = program::with_home(process.environment.clone(), process.uid);
         umask(Mode::from_raw_mode(process.umask));
         self.channel.wait_to_proceed()?;
-        hooks::run_all(&plan.start_hooks, plan)?;
+        hooks.map_or(Ok(()), |mut hooks| hooks.run())?;
         if let Some(filter) = filter.filter(|_| !early) {
             filter.install()?;
         }
