@@ -163,13 +163,36 @@ pub(crate) fn set_mount_attributes(
     recursive: bool,
     attributes: MountAttributes,
 ) -> io::Result<()> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     let attributes = libc::mount_attr {
         attr_set: attributes.set,
         attr_clr: attributes.clear,
         propagation: attributes.propagation,
         userns_fd: 0,
     };
+    mount_setattr(mount, recursive, &attributes)
+}
+
+/// Gives a detached mount the id maps of a user namespace, those below it too if `recursive`.
+pub(crate) fn map_mount_ids(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    user_namespace: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(raw_unsigned(user_namespace)),
+    };
+    mount_setattr(mount, recursive, &attributes)
+}
+
+fn mount_setattr(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attributes: &libc::mount_attr,
+) -> io::Result<()> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string and the structure is valid for the size given.
     check(unsafe {
         libc::syscall(
@@ -177,7 +200,7 @@ pub(crate) fn set_mount_attributes(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &attributes,
+            attributes,
             size_of::<libc::mount_attr>(),
         )
     })

@@ -219,11 +219,6 @@ impl Cgroup {
         self.keyed("memory.events", "oom_kill").unwrap_or(0)
     }
 
-    /// Whether its processes are stopped.
-    pub(super) fn is_frozen(&self) -> bool {
-        self.keyed("cgroup.events", "frozen") == Some(1)
-    }
-
     /// Stops or continues all processes; returns when that is so.
     pub async fn freeze(&self, frozen: bool) -> Result<()> {
         let value = if frozen { "1" } else { "0" };

@@ -2,8 +2,9 @@
 //! those of `linux.devices`, and the links that programs expect in /dev.
 
 use std::{
+    ffi::OsStr,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -13,9 +14,11 @@ use rustix::{
         self, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, makedev, mknodat,
     },
     io::Errno,
+    mount::{self as kernel, FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags},
 };
 
 use super::{
+    id_maps::IdMaps,
     mounts::{attach, clone_mount},
     rootfs::{Missing, Tree},
 };
@@ -30,6 +33,11 @@ pub(super) struct DeviceNode {
     mode: u32,
     owner: (u32, u32),
 }
+
+/// Where the agent makes nodes for user namespaces.
+const NURSERY: &str = "/tmp";
+
+const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Name in /dev, major and minor number of the devices that every container has.
 const DEFAULT: [(&str, u32, u32); 6] = [
@@ -111,36 +119,73 @@ fn plan_one(field: &str, device: &LinuxDevice) -> Result<DeviceNode> {
     })
 }
 
+/// Makes the nodes for a container with a user namespace, whose set-up may make none: each as a
+/// detached mount of its own, from a filesystem that nobody else sees. Runs in the agent.
+pub(super) fn for_user_namespace(nodes: &[DeviceNode], maps: &IdMaps) -> Result<Vec<OwnedFd>> {
+    let action = || "make devices for a container with a user namespace";
+    let context = kernel::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).or_cannot(action)?;
+    kernel::fsconfig_create(&context).or_cannot(action)?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    let nursery = kernel::fsmount(&context, flags, MountAttrFlags::empty()).or_cannot(action)?;
+    // Only what is mounted can be cloned: it covers this directory until all are.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let place = fs::open(NURSERY, flags, Mode::empty()).or_cannot(action)?;
+    attach(&nursery, &place).or_cannot(action)?;
+    let made = nodes.iter().enumerate().map(|(index, node)| {
+        let owner = maps.outside(node.owner.0, node.owner.1)?;
+        let name = index.to_string();
+        let action = || format!("make the device {}", node.path.display());
+        node.make(nursery.as_fd(), name.as_ref(), owner)
+            .or_cannot(action)?;
+        let made = fs::openat(&nursery, name, PATH_ONLY, Mode::empty()).or_cannot(action)?;
+        clone_mount(made.as_fd(), false).or_cannot(action)
+    });
+    let made: Result<Vec<_>> = made.collect();
+    kernel::unmount(NURSERY, UnmountFlags::DETACH).or_cannot(action)?;
+    made
+}
+
 impl DeviceNode {
+    /// Puts a node that the agent has made into `rootfs`.
+    pub(super) fn place(&self, rootfs: &Tree, made: &OwnedFd) -> Result<()> {
+        rootfs
+            .lookup(&self.path, Missing::File)
+            .and_then(|target| attach(made, &target))
+            .or_cannot(|| format!("place the device {}", self.path.display()))
+    }
+
     /// Makes the node inside of `rootfs`.
     pub(super) fn create(&self, rootfs: &Tree) -> Result<()> {
         let action = || format!("make the device {}", self.path.display());
         let (directory, name) = rootfs.parent(&self.path).or_cannot(action)?;
-        let mode = Mode::from_raw_mode(self.mode);
-        match mknodat(&directory, name, self.kind, mode, self.number) {
-            Ok(()) => {}
-            Err(Errno::EXIST) if self.exists(&directory, name).or_cannot(action)? => {}
+        match self.make(directory.as_fd(), name, self.owner) {
             // The rootfs holds something else there, or lies on a filesystem that takes no
             // devices (another host's, or a read-only one).
             Err(Errno::EXIST | Errno::PERM | Errno::ROFS | Errno::ACCESS) => {
-                return self.bind(rootfs).or_cannot(action);
+                self.bind(rootfs).or_cannot(action)
             }
-            Err(error) => return Err(error).or_cannot(action),
+            made => made.or_cannot(action),
         }
-        let owner = (Uid::from_raw(self.owner.0), Gid::from_raw(self.owner.1));
-        chownat(
-            &directory,
-            name,
-            Some(owner.0),
-            Some(owner.1),
-            AtFlags::SYMLINK_NOFOLLOW,
-        )
-        .or_cannot(action)?;
-        // The umask is 0 here, but mknod leaves out set-id bits, and the node may be an old one.
-        chmodat(&directory, name, mode, AtFlags::empty()).or_cannot(action)
     }
 
-    fn exists(&self, directory: &OwnedFd, name: &std::ffi::OsStr) -> io::Result<bool> {
+    fn make(
+        &self,
+        directory: BorrowedFd<'_>,
+        name: &OsStr,
+        (uid, gid): (u32, u32),
+    ) -> rustix::io::Result<()> {
+        let mode = Mode::from_raw_mode(self.mode);
+        match mknodat(directory, name, self.kind, mode, self.number) {
+            Err(Errno::EXIST) if self.exists(directory, name)? => {}
+            made => made?,
+        }
+        let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        chownat(directory, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
+        // The umask is 0 here, but mknod leaves out set-id bits, and the node may be an old one.
+        chmodat(directory, name, mode, AtFlags::empty())
+    }
+
+    fn exists(&self, directory: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<bool> {
         let status = fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
         Ok(FileType::from_raw_mode(status.st_mode) == self.kind
             && (self.kind == FileType::Fifo || status.st_rdev == self.number))
@@ -149,8 +194,7 @@ impl DeviceNode {
     /// Binds the guest's own node of the same path over a file. The guest's /dev is reachable, as
     /// the root has not changed yet.
     fn bind(&self, rootfs: &Tree) -> io::Result<()> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let own = fs::openat(CWD, &self.path, flags, Mode::empty())?;
+        let own = fs::openat(CWD, &self.path, PATH_ONLY, Mode::empty())?;
         let status = fs::fstat(&own)?;
         let same = FileType::from_raw_mode(status.st_mode) == self.kind;
         if !same || status.st_rdev != self.number {

@@ -20,6 +20,7 @@ use super::{
     id_maps::write_of,
     mounts::{self, Sources},
     plan::Plan,
+    prepared::Prepared,
     process_io::ChildIo,
     program,
     rootfs::{Missing, Tree},
@@ -39,6 +40,8 @@ pub(super) struct Init<'a> {
     pub share: &'a Path,
     /// The agent's procfs.
     pub proc: BorrowedFd<'a>,
+    /// What the agent has made.
+    pub prepared: Prepared,
     /// Where the container's cgroup is, in which this process was born.
     pub cgroup: &'a Path,
     /// Standard streams.
@@ -49,7 +52,7 @@ pub(super) struct Init<'a> {
 
 impl Init<'_> {
     /// Sets the container up, waits for its start and runs its program.
-    pub(super) fn run(self) -> Result<Never> {
+    pub(super) fn run(mut self) -> Result<Never> {
         self.close_the_rest();
         sys::reset_signals();
         umask(Mode::empty());
@@ -82,6 +85,7 @@ impl Init<'_> {
         let mut keep: Vec<RawFd> = [self.proc.as_raw_fd(), self.channel.raw()]
             .into_iter()
             .chain(self.io.raw())
+            .chain(self.prepared.raw())
             .collect();
         sys::close_all_but(&mut keep);
     }
@@ -140,7 +144,7 @@ impl Init<'_> {
     }
 
     /// Mounts the rootfs and all that goes into it.
-    fn set_up_rootfs(&self, share: BorrowedFd<'_>) -> Result<Tree> {
+    fn set_up_rootfs(&mut self, share: BorrowedFd<'_>) -> Result<Tree> {
         let action = || {
             format!(
                 "mount the rootfs {} of the share (root.path)",
@@ -153,7 +157,7 @@ impl Init<'_> {
         Ok(rootfs)
     }
 
-    fn fill_rootfs(&self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<()> {
+    fn fill_rootfs(&mut self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<()> {
         // With a namespace of its own, a new mount shows the container its cgroup as the root.
         let shared = !self.plan.namespaces.cgroup;
         let control_group = shared.then(|| open_directory(self.cgroup)).transpose()?;
@@ -163,8 +167,8 @@ impl Init<'_> {
                 && !self.plan.namespaces.has(libc::CLONE_NEWNET),
             control_group: control_group.as_ref().map(AsFd::as_fd),
         };
-        for mount in &self.plan.mounts {
-            mount.mount(rootfs, &sources)?;
+        for (index, mount) in self.plan.mounts.iter().enumerate() {
+            mount.mount(rootfs, &sources, self.prepared.take_mount(index))?;
         }
         rootfs
             .lookup(&self.plan.process.directory, Missing::Directory)
@@ -173,8 +177,11 @@ impl Init<'_> {
         if self.plan.mounts.iter().any(mounts::MountPlan::binds_dev) {
             return Ok(());
         }
-        for device in &self.plan.devices {
-            device.create(rootfs)?;
+        for (index, device) in self.plan.devices.iter().enumerate() {
+            match self.prepared.devices.as_ref().map(|made| &made[index]) {
+                Some(made) => device.place(rootfs, made)?,
+                None => device.create(rootfs)?,
+            }
         }
         devices::create_links(rootfs)
     }
@@ -252,7 +259,7 @@ impl Init<'_> {
     }
 }
 
-fn open_directory(path: &Path) -> Result<OwnedFd> {
+pub(super) fn open_directory(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     fs::open(path, flags, Mode::empty()).or_cannot(|| format!("open {}", path.display()))
 }

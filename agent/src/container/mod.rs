@@ -18,6 +18,7 @@ mod join;
 mod mount_options;
 mod mounts;
 mod plan;
+mod prepared;
 mod process_io;
 mod process_list;
 mod program;
@@ -53,6 +54,7 @@ use self::{
     init::Init,
     join::{Join, Target},
     plan::{Namespaces, Plan},
+    prepared::Prepared,
     spawn::{spawn, spawn_in},
 };
 use crate::{
@@ -125,6 +127,7 @@ impl Container {
         let cgroup = Arc::new(Cgroup::create(&plan.id)?);
         cgroup.apply(&plan.settings)?;
         cgroup.filter_devices(&plan.device_rules)?;
+        let prepared = Prepared::of(&plan, share, surroundings.proc.as_fd())?;
         let (parent, child) = channel::pair()?;
         let spawned = spawn(
             plan.namespaces.at_birth,
@@ -135,6 +138,7 @@ impl Container {
                     plan: &plan,
                     share,
                     proc: surroundings.proc.as_fd(),
+                    prepared,
                     cgroup: cgroup.path(),
                     io: child_io,
                     channel,
@@ -219,10 +223,6 @@ impl Container {
                 "has stopped",
                 "nothing can run in it",
             ));
-        }
-        // A process born in a frozen cgroup would never say that it is ready.
-        if self.cgroup.is_frozen() {
-            return Err(wrong_state(&self.id, "is paused", "resume it first"));
         }
         self.make_room_for(id)?;
         let target = Target {

@@ -29,6 +29,8 @@ pub(super) struct MountOptions {
     pub data: Vec<String>,
     /// Fill the new tmpfs with what the mount point held (`tmpcopyup`).
     pub copy_up: bool,
+    /// `idmap` (false) or `ridmap` (true: with the mounts below).
+    pub id_map: Option<bool>,
 }
 
 /// The two kinds of bind mounts.
@@ -109,8 +111,10 @@ fn parse_one(field: &str, option: &str, parsed: &mut MountOptions) -> Result<()>
         "bind" => parsed.bind = parsed.bind.or(Some(Bind::Single)),
         "rbind" => parsed.bind = Some(Bind::Recursive),
         "tmpcopyup" => parsed.copy_up = true,
-        "remount" | "idmap" | "ridmap" => {
-            let reason = "remove the option";
+        "idmap" => parsed.id_map = parsed.id_map.or(Some(false)),
+        "ridmap" => parsed.id_map = Some(true),
+        "remount" => {
+            let reason = "every entry makes a mount of its own; give that one the options it needs";
             return Err(Error::unsupported(
                 format!("{field}.options {option}"),
                 reason,
@@ -213,16 +217,77 @@ mod tests {
 
     #[test]
     fn refusals_name_field_and_option() {
-        for refused in ["idmap", "remount"] {
-            let error = parse("mounts[3]", &[refused.to_string()]).expect_err("refused");
-            assert!(
-                error
-                    .to_string()
-                    .starts_with(&format!("mounts[3].options {refused} "))
-            );
-        }
+        let error = parse("mounts[3]", &["remount".to_string()]).expect_err("refused");
+        assert!(
+            error
+                .to_string()
+                .starts_with("mounts[3].options remount is not supported")
+        );
         let bind = ["bind".to_string(), "sync".to_string()];
         assert!(parse("mounts[3]", &bind).is_err());
+    }
+
+    #[test]
+    fn every_option_of_the_spec_is_known() {
+        // runtime-spec config.md "Linux mount options", but for bind mounts and propagation.
+        let flags = [
+            "async",
+            "atime",
+            "defaults",
+            "dev",
+            "diratime",
+            "dirsync",
+            "exec",
+            "idmap",
+            "lazytime",
+            "loud",
+            "mand",
+            "noatime",
+            "nodev",
+            "nodiratime",
+            "noexec",
+            "nolazytime",
+            "nomand",
+            "norelatime",
+            "nostrictatime",
+            "nosuid",
+            "nosymfollow",
+            "ratime",
+            "rdev",
+            "rdiratime",
+            "relatime",
+            "rexec",
+            "ridmap",
+            "rnoatime",
+            "rnodev",
+            "rnodiratime",
+            "rnoexec",
+            "rnorelatime",
+            "rnostrictatime",
+            "rnosuid",
+            "rnosymfollow",
+            "ro",
+            "rrelatime",
+            "rro",
+            "rrw",
+            "rstrictatime",
+            "rsuid",
+            "rsymfollow",
+            "rw",
+            "silent",
+            "strictatime",
+            "suid",
+            "symfollow",
+            "sync",
+            "tmpcopyup",
+        ];
+        for flag in flags {
+            assert!(parsed(&[flag]).data.is_empty(), "{flag}");
+        }
+        for flag in ["rnoatime", "rstrictatime", "rrelatime"] {
+            let attributes = parsed(&[flag]).recursive_attributes;
+            assert_eq!(attributes.clear & MOUNT_ATTR__ATIME, MOUNT_ATTR__ATIME);
+        }
     }
 
     #[test]

@@ -20,6 +20,7 @@ use rustix::{
 
 use super::{
     copy_up,
+    id_maps::{self, IdMaps},
     mount_options::{self, Bind, MountOptions},
     rootfs::{Missing, Tree},
 };
@@ -37,6 +38,8 @@ pub(super) struct MountPlan {
     pub destination: PathBuf,
     source: Source,
     options: MountOptions,
+    /// Maps of its own, for an id-mapped mount.
+    id_maps: Option<IdMaps>,
 }
 
 #[derive(Debug)]
@@ -56,20 +59,24 @@ enum Source {
 pub(super) fn plan(
     mounts: &[Mount],
     bind_sources: &HashMap<u32, String>,
+    in_user_namespace: bool,
 ) -> Result<Vec<MountPlan>> {
     let numbered = (0u32..).zip(mounts);
     numbered
-        .map(|(index, mount)| plan_one(index, mount, bind_sources.get(&index)))
+        .map(|(index, mount)| {
+            let shared = bind_sources.get(&index);
+            plan_one(index, mount, shared, in_user_namespace)
+        })
         .collect()
 }
 
-fn plan_one(index: u32, mount: &Mount, shared: Option<&String>) -> Result<MountPlan> {
+fn plan_one(
+    index: u32,
+    mount: &Mount,
+    shared: Option<&String>,
+    in_user_namespace: bool,
+) -> Result<MountPlan> {
     let field = format!("mounts[{index}]");
-    let none_or_empty = |mappings: &Option<Vec<_>>| mappings.as_ref().is_none_or(Vec::is_empty);
-    if !none_or_empty(mount.uid_mappings()) || !none_or_empty(mount.gid_mappings()) {
-        let reason = "id-mapped mounts do not cross into the guest yet; remove them";
-        return Err(Error::unsupported(format!("{field}.uidMappings"), reason));
-    }
     let destination = Path::new("/").join(mount.destination());
     if destination.file_name().is_none() {
         let problem = format!("{} cannot be mounted over", destination.display());
@@ -98,11 +105,22 @@ fn plan_one(index: u32, mount: &Mount, shared: Option<&String>) -> Result<MountP
         },
     };
     refuse_idle_options(&field, &source, &options)?;
+    let id_maps = id_maps::of_mount(&field, mount)?;
+    let mapped = id_maps.is_some() || options.id_map.is_some();
+    if mapped && !matches!(source, Source::Share { .. }) {
+        let reason = "only bind mounts can be id-mapped; remove it";
+        return Err(Error::unsupported(format!("{field}.uidMappings"), reason));
+    }
+    if id_maps.is_none() && options.id_map.is_some() && !in_user_namespace {
+        let problem = "idmap needs uidMappings and gidMappings, or a user namespace";
+        return Err(Error::invalid(format!("{field}.options"), problem));
+    }
     Ok(MountPlan {
         field,
         destination,
         source,
         options,
+        id_maps,
     })
 }
 
@@ -142,12 +160,50 @@ impl MountPlan {
         matches!(self.source, Source::Share { .. }) && self.destination == Path::new("/dev")
     }
 
-    /// Makes the mount inside of `rootfs`.
-    pub(super) fn mount(&self, rootfs: &Tree, sources: &Sources<'_>) -> Result<()> {
+    /// An id-mapped mount, detached, if it is to be one: with the guest's privileges, which the
+    /// set-up in a user namespace does not have. `of_container` are the container's own maps.
+    pub(super) fn id_mapped(
+        &self,
+        share: BorrowedFd<'_>,
+        proc: BorrowedFd<'_>,
+        of_container: Option<&IdMaps>,
+    ) -> Result<Option<OwnedFd>> {
+        let asked = self.id_maps.is_some() || self.options.id_map.is_some();
+        let maps = self.id_maps.as_ref().or(of_container);
+        let (Source::Share { path, recursive }, Some(maps), true) = (&self.source, maps, asked)
+        else {
+            return Ok(None);
+        };
+        let namespace = maps.namespace(proc)?;
+        let mount = self.clone_from_share(path, *recursive, share)?;
+        let below = self.options.id_map == Some(true);
+        match sys::map_mount_ids(mount.as_fd(), below, namespace.as_fd()) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                let reason = "the filesystem of its source cannot be id-mapped; \
+                    give the files other owners, or choose another filesystem";
+                let field = format!("{}.uidMappings", self.field);
+                Err(Error::unsupported(field, reason))
+            }
+            mapped => mapped
+                .or_cannot(|| format!("map the ids of {path} ({}.uidMappings)", self.field))
+                .map(|()| Some(mount)),
+        }
+    }
+
+    /// Makes the mount inside of `rootfs`, from what the agent has prepared, if it has.
+    pub(super) fn mount(
+        &self,
+        rootfs: &Tree,
+        sources: &Sources<'_>,
+        prepared: Option<OwnedFd>,
+    ) -> Result<()> {
         let action = || format!("mount {} ({})", self.destination.display(), self.field);
         let (mount, directory) = match &self.source {
             Source::Share { path, recursive } => {
-                let mount = self.clone_from_share(path, *recursive, sources.share)?;
+                let mount = match prepared {
+                    Some(mount) => mount,
+                    None => self.clone_from_share(path, *recursive, sources.share)?,
+                };
                 let mode = fs::fstat(&mount).or_cannot(action)?.st_mode;
                 (mount, FileType::from_raw_mode(mode) == FileType::Directory)
             }

@@ -133,6 +133,7 @@ pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Resu
         mounts: mounts::plan(
             spec.mounts().as_deref().unwrap_or_default(),
             &request.bind_sources,
+            namespaces.has(libc::CLONE_NEWUSER),
         )?,
         devices: devices::plan(linux.devices().as_deref().unwrap_or_default())?,
         device_rules: device_filter::rules(rules)?,

@@ -3,7 +3,7 @@
 use bulkhead_agent_protocol::messages::Stdio;
 use serde_json::json;
 
-use crate::support::{self, Fixture, spec};
+use crate::support::{self, Fixture, Reply, spec};
 
 pub(crate) fn user_namespace(fixture: &Fixture) {
     let mut spec = spec(&[
@@ -96,4 +96,70 @@ pub(crate) fn time_namespace(fixture: &Fixture) {
     );
     assert_eq!(run.stdout, "shifted\n", "{}", run.stderr);
     container.remove_by_force();
+}
+
+fn mapping(inside: u32, outside: u32, size: u32) -> serde_json::Value {
+    json!([{"containerID": inside, "hostID": outside, "size": size}])
+}
+
+fn add_user_namespace(spec: &mut serde_json::Value) {
+    let namespaces = &mut spec["linux"]["namespaces"];
+    let namespaces = namespaces.as_array_mut().expect("array");
+    namespaces.push(json!({"type": "user"}));
+    for field in ["uidMappings", "gidMappings"] {
+        spec["linux"][field] = mapping(0, 100_000, 65_536);
+    }
+}
+
+pub(crate) fn devices_in_user_namespace(fixture: &Fixture) {
+    let script = "stat -c '%n %a %t %T %u %g' /dev/null /dev/mine /dev/pipe; \
+        head -c 2 /dev/mine | wc -c; echo x > /dev/null && echo written";
+    let mut spec = spec(&["sh", "-c", script]);
+    add_user_namespace(&mut spec);
+    fixture.in_rootfs("chown -R 100000:100000 .");
+    spec["linux"]["devices"] = json!([
+        {"path": "/dev/mine", "type": "c", "major": 1, "minor": 5, "fileMode": 384, "uid": 3, "gid": 4},
+        {"path": "/dev/pipe", "type": "p", "fileMode": 420}]);
+    let run = fixture.run_spec("user-devices", &spec, b"");
+    let expected = "/dev/null 666 1 3 0 0\n/dev/mine 600 1 5 3 4\n/dev/pipe 644 0 0 0 0\n\
+        2\nwritten\n";
+    assert_eq!(run.stdout, expected, "{}", run.stderr);
+}
+
+pub(crate) fn id_mapped_mounts(fixture: &Fixture) {
+    fixture.in_share("mkdir -p owned && touch owned/root owned/other && chown 5:6 owned/other");
+    let script = "cd /owned; stat -c '%n %u %g' root other; touch new 2>/dev/null || echo refused";
+    let mount = json!({"destination": "/owned", "type": "bind", "source": "/o", "options": ["rbind"],
+        "uidMappings": mapping(0, 1000, 100), "gidMappings": mapping(0, 2000, 100)});
+    let mut own = spec(&["sh", "-c", script]);
+    let index = support::add_mount(&mut own, mount.clone());
+    let run = fixture.run_with_binds("id-mapped", &own, &[(index, "owned")]);
+    // root of the container has no id on that filesystem.
+    let expected = "root 1000 2000\nother 1005 2006\nrefused\n";
+    assert_eq!(run.stdout, expected, "{}", run.stderr);
+
+    // With the container's own maps, files keep their owners in the container.
+    let mut mapped = spec(&["sh", "-c", script]);
+    add_user_namespace(&mut mapped);
+    fixture.in_rootfs("chown -R 100000:100000 .");
+    let mut mount = mount;
+    mount["options"] = json!(["rbind", "ridmap", "ro"]);
+    for field in ["uidMappings", "gidMappings"] {
+        mount.as_object_mut().expect("object").remove(field);
+    }
+    let index = support::add_mount(&mut mapped, mount.clone());
+    let run = fixture.run_with_binds("id-mapped-user", &mapped, &[(index, "owned")]);
+    assert_eq!(
+        run.stdout, "root 0 0\nother 5 6\nrefused\n",
+        "{}",
+        run.stderr
+    );
+
+    let mut wrong = spec(&["true"]);
+    support::add_mount(&mut wrong, mount);
+    let refused = fixture.try_create("id-mapped-wrong", &wrong, &[(index, "owned")]);
+    let Reply::Refused(_, message) = refused else {
+        panic!("accepted")
+    };
+    assert!(message.contains(".options: idmap needs"), "{message}");
 }
