@@ -101,18 +101,32 @@ pub(crate) fn execute(program: &CStr, arguments: &[CString], environment: &[CStr
     io::Error::last_os_error()
 }
 
-/// Gives every signal its default action and blocks none.
+/// Gives every signal its default action and blocks none. By system calls: libc keeps two signals
+/// for itself.
 pub(crate) fn reset_signals() {
+    /// Size of the kernel's `sigset_t`.
+    const SET: usize = 8;
+    // The kernel's `struct sigaction` for SIG_DFL, and an empty set.
+    let default = [0u64; 4];
+    let none = [0u64; 1];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL is a valid disposition; errors (SIGKILL, SIGSTOP, libc's own signals)
-        // are expected and change nothing.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: the action is valid for its size, and installs no handler. Errors (SIGKILL,
+        // SIGSTOP) are expected and change nothing.
+        unsafe {
+            let former = ptr::null_mut::<u64>();
+            libc::syscall(libc::SYS_rt_sigaction, signal, &default, former, SET);
+        }
     }
-    // SAFETY: the set is initialised by sigemptyset before it is read.
+    // SAFETY: the set is valid for its size.
     unsafe {
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut());
+        let former = ptr::null_mut::<u64>();
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &none,
+            former,
+            SET,
+        );
     }
 }
 

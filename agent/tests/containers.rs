@@ -3,7 +3,9 @@
 //! drives it from outside. Needs root, cgroup v2 and a static busybox; says so if it must skip.
 
 mod limits;
+mod mounts;
 mod namespaces;
+mod process;
 mod support;
 
 use bulkhead_agent_protocol::messages::Stdio;
@@ -18,7 +20,7 @@ const CASES: &[Case] = &[
     ("namespaces are the container's own", &[], namespaces),
     ("identity is what the spec says", &[], identity),
     ("read-only and masked paths hold", &[], protection),
-    ("mounts of all kinds", &[], mounts),
+    ("mounts of all kinds", &[], mounts::all_kinds),
     ("devices are there and filtered", &[], devices),
     ("terminal", &[], terminal),
     ("exec joins the container", &[], exec),
@@ -51,6 +53,17 @@ const CASES: &[Case] = &[
         namespaces::exec_beside_cgroups,
     ),
     ("time namespace", &[], namespaces::time_namespace),
+    ("attributes of a process", &[], process::attributes),
+    ("exec has attributes of its own", &[], process::exec_in_full),
+    (
+        "signals are as the kernel's defaults",
+        &[],
+        process::signals,
+    ),
+    ("set-user-id programs", &[], process::privileges_of_files),
+    ("capabilities of files", &[], process::capabilities_of_files),
+    ("propagation of the root", &[], mounts::propagation),
+    ("attributes of mounts", &[], mounts::attributes),
     ("states", &[], states),
     (
         "limits are set and changed",
@@ -159,50 +172,6 @@ fn protection(fixture: &Fixture) {
         run.stdout, "0\n0\nrefused\nread-only\nwritable\n",
         "{}",
         run.stderr
-    );
-}
-
-fn mounts(fixture: &Fixture) {
-    let script = "cat /volume/file; cat /etc/one; touch /volume/x 2>/dev/null || echo ro; \
-        stat -c %a /scratch; ls /scratch; grep -E ' /(scratch|volume|dev/pts|sys|sys/fs/cgroup) ' /proc/self/mountinfo | cut -d' ' -f5,6,7";
-    let mut spec = spec(&["sh", "-c", script]);
-    fixture.in_share("mkdir -p volume && echo data > volume/file && echo one > one");
-    fixture.in_rootfs("mkdir -p scratch && touch scratch/kept");
-    let first = support::add_mount(
-        &mut spec,
-        json!({"destination": "/volume", "type": "bind", "source": "/host", "options": ["rbind", "ro", "rslave"]}),
-    );
-    let second = support::add_mount(
-        &mut spec,
-        json!({"destination": "/etc/one", "type": "bind", "source": "/host1", "options": ["bind"]}),
-    );
-    support::add_mount(
-        &mut spec,
-        json!({"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "mode=711", "noexec", "nosuid"]}),
-    );
-    support::add_mount(
-        &mut spec,
-        json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid", "noexec", "nodev", "relatime"]}),
-    );
-    let run = fixture.run_with_binds("mounts", &spec, &[(first, "volume"), (second, "one")]);
-    assert_eq!(run.status, 0, "{}", run.stderr);
-    let lines: Vec<_> = run.stdout.lines().collect();
-    assert_eq!(
-        &lines[..5],
-        ["data", "one", "ro", "711", "kept"],
-        "{}",
-        run.stdout
-    );
-    assert!(run.stdout.contains("/volume ro,"), "{}", run.stdout);
-    assert!(
-        run.stdout.contains("/scratch rw,nosuid,noexec"),
-        "{}",
-        run.stdout
-    );
-    assert!(
-        run.stdout.contains("/sys/fs/cgroup ro,nosuid,nodev,noexec"),
-        "{}",
-        run.stdout
     );
 }
 

@@ -420,6 +420,11 @@ mod tests {
                 "process.rlimits[0].soft",
             ),
             (
+                serde_json::json!({"rlimits": [{"type": "RLIMIT_CPU", "soft": 1, "hard": 1},
+                    {"type": "RLIMIT_CPU", "soft": 1, "hard": 1}]}),
+                "process.rlimits[1].type",
+            ),
+            (
                 serde_json::json!({"ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 9}}),
                 "process.ioPriority.priority",
             ),

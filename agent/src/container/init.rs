@@ -61,7 +61,7 @@ impl Init<'_> {
         self.enter_namespaces()?;
         self.leave_mounts_of_guest()?;
         let share = open_directory(self.share)?;
-        let rootfs = self.set_up_rootfs(share.as_fd())?;
+        let (rootfs, mounts) = self.set_up_rootfs(share.as_fd())?;
         let process = &self.plan.process;
         let console = self.plan.terminal.map(|size| {
             let slave = terminal::open(&rootfs, size, process.uid, self.channel)?;
@@ -74,7 +74,7 @@ impl Init<'_> {
             process.grant(self.proc, None)?;
         }
         self.protect(&rootfs)?;
-        self.enter_rootfs(&rootfs)?;
+        self.enter_rootfs(&rootfs, &mounts)?;
         self.io.install(console)?;
         self.become_process()
     }
@@ -144,7 +144,7 @@ impl Init<'_> {
     }
 
     /// Mounts the rootfs and all that goes into it.
-    fn set_up_rootfs(&mut self, share: BorrowedFd<'_>) -> Result<Tree> {
+    fn set_up_rootfs(&mut self, share: BorrowedFd<'_>) -> Result<(Tree, Vec<OwnedFd>)> {
         let action = || {
             format!(
                 "mount the rootfs {} of the share (root.path)",
@@ -153,11 +153,12 @@ impl Init<'_> {
         };
         let place = mounts::open_shared(share, &self.plan.rootfs).or_cannot(action)?;
         let rootfs = Tree::new(mounts::mount_over(&place).or_cannot(action)?);
-        self.fill_rootfs(&rootfs, share)?;
-        Ok(rootfs)
+        let mounts = self.fill_rootfs(&rootfs, share)?;
+        Ok((rootfs, mounts))
     }
 
-    fn fill_rootfs(&mut self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<()> {
+    /// Returns the mounts of the plan.
+    fn fill_rootfs(&mut self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<Vec<OwnedFd>> {
         // With a namespace of its own, a new mount shows the container its cgroup as the root.
         let shared = !self.plan.namespaces.cgroup;
         let control_group = shared.then(|| open_directory(self.cgroup)).transpose()?;
@@ -167,15 +168,16 @@ impl Init<'_> {
                 && !self.plan.namespaces.has(libc::CLONE_NEWNET),
             control_group: control_group.as_ref().map(AsFd::as_fd),
         };
+        let mut made = Vec::with_capacity(self.plan.mounts.len());
         for (index, mount) in self.plan.mounts.iter().enumerate() {
-            mount.mount(rootfs, &sources, self.prepared.take_mount(index))?;
+            made.push(mount.mount(rootfs, &sources, self.prepared.take_mount(index))?);
         }
         rootfs
             .lookup(&self.plan.process.directory, Missing::Directory)
             .or_cannot(|| "create the working directory (process.cwd)")?;
         // A /dev that the host gives is used as it is.
         if self.plan.mounts.iter().any(mounts::MountPlan::binds_dev) {
-            return Ok(());
+            return Ok(made);
         }
         for (index, device) in self.plan.devices.iter().enumerate() {
             match self.prepared.devices.as_ref().map(|made| &made[index]) {
@@ -183,7 +185,8 @@ impl Init<'_> {
                 None => device.create(rootfs)?,
             }
         }
-        devices::create_links(rootfs)
+        devices::create_links(rootfs)?;
+        Ok(made)
     }
 
     /// Through the agent's procfs: the container may have none, or may have made its own read-only.
@@ -213,7 +216,7 @@ impl Init<'_> {
     }
 
     /// Makes the rootfs the root, and nothing else reachable.
-    fn enter_rootfs(&self, rootfs: &Tree) -> Result<()> {
+    fn enter_rootfs(&self, rootfs: &Tree, mounts: &[OwnedFd]) -> Result<()> {
         let action = || "make the rootfs the root";
         fchdir(rootfs.root()).or_cannot(action)?;
         // Old and new root on one another (pivot_root(2), NOTES): no directory for the old one is
@@ -226,7 +229,9 @@ impl Init<'_> {
             ..Default::default()
         };
         sys::set_mount_attributes(rootfs.root(), recursive, change)
-            .or_cannot(|| "set the propagation of the root (linux.rootfsPropagation)")
+            .or_cannot(|| "set the propagation of the root (linux.rootfsPropagation)")?;
+        let mut mounts = self.plan.mounts.iter().zip(mounts);
+        mounts.try_for_each(|(plan, mount)| plan.propagate(mount))
     }
 
     fn become_process(&self) -> Result<Never> {

@@ -190,13 +190,14 @@ impl MountPlan {
         }
     }
 
-    /// Makes the mount inside of `rootfs`, from what the agent has prepared, if it has.
+    /// Makes the mount inside of `rootfs`, from what the agent has prepared, if it has. Its
+    /// propagation is left for [`MountPlan::propagate`].
     pub(super) fn mount(
         &self,
         rootfs: &Tree,
         sources: &Sources<'_>,
         prepared: Option<OwnedFd>,
-    ) -> Result<()> {
+    ) -> Result<OwnedFd> {
         let action = || format!("mount {} ({})", self.destination.display(), self.field);
         let (mount, directory) = match &self.source {
             Source::Share { path, recursive } => {
@@ -238,12 +239,21 @@ impl MountPlan {
         set_attributes(&mount, false, self.options.attributes).or_cannot(action)?;
         set_attributes(&mount, true, self.options.recursive_attributes).or_cannot(action)?;
         attach(&mount, &target).or_cannot(action)?;
+        Ok(mount)
+    }
+
+    /// Gives the mount the propagation that its options ask for, if any. That of the whole root
+    /// goes before it.
+    pub(super) fn propagate(&self, mount: &OwnedFd) -> Result<()> {
         for &(propagation, recursive) in &self.options.propagation {
             let change = MountAttributes {
                 propagation,
                 ..Default::default()
             };
-            sys::set_mount_attributes(mount.as_fd(), recursive, change).or_cannot(action)?;
+            let destination = self.destination.display();
+            let field = &self.field;
+            sys::set_mount_attributes(mount.as_fd(), recursive, change)
+                .or_cannot(|| format!("set the propagation of {destination} ({field}.options)"))?;
         }
         Ok(())
     }

@@ -277,7 +277,10 @@ fn namespaces(linux: &Linux) -> Result<Namespaces> {
                 continue;
             }
         } else if path.is_some() {
-            let reason = format!("a {kind} namespace of the host cannot be joined from the guest");
+            let reason = format!(
+                "the host's {kind} namespaces are not in the guest, and no other container is; \
+                 leave the path out for a namespace of its own"
+            );
             return Err(Error::unsupported(format!("{field}.path"), reason));
         }
         match kind {

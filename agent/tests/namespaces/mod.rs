@@ -102,7 +102,7 @@ fn mapping(inside: u32, outside: u32, size: u32) -> serde_json::Value {
     json!([{"containerID": inside, "hostID": outside, "size": size}])
 }
 
-fn add_user_namespace(spec: &mut serde_json::Value) {
+pub(crate) fn add_user_namespace(spec: &mut serde_json::Value) {
     let namespaces = &mut spec["linux"]["namespaces"];
     let namespaces = namespaces.as_array_mut().expect("array");
     namespaces.push(json!({"type": "user"}));

@@ -8,6 +8,7 @@ use bulkhead_agent_protocol::{
         WaitOutOfMemoryRequest, WaitProcessRequest,
     },
 };
+use serde_json::Value;
 use ttrpc::context::with_timeout;
 
 use super::{DEADLINE, Fixture, Run, Streams, spec, status};
@@ -107,7 +108,7 @@ impl Container<'_> {
             .expect("statistics")
     }
 
-    pub(crate) fn update(&self, resources: &serde_json::Value) -> Result<(), (String, String)> {
+    pub(crate) fn update(&self, resources: &Value) -> Result<(), (String, String)> {
         let request = UpdateContainerRequest {
             container_id: self.id.clone(),
             resources: serde_json::to_vec(resources).expect("JSON"),
@@ -145,27 +146,32 @@ impl Container<'_> {
     }
 
     pub(crate) fn exec(&self, exec_id: &str, arguments: &[&str], input: &[u8]) -> Run {
+        self.exec_process(exec_id, &spec(arguments)["process"], input)
+    }
+
+    /// Runs what a `process` object says.
+    pub(crate) fn exec_process(&self, exec_id: &str, process: &Value, input: &[u8]) -> Run {
         let streams = Streams::new(self.fixture, input);
-        self.start_exec(exec_id, arguments, streams.stdio())
+        self.start_exec(exec_id, process, streams.stdio())
             .expect("started");
         streams.collect(|| self.wait_for(exec_id))
     }
 
     pub(crate) fn try_exec(&self, exec_id: &str, arguments: &[&str]) -> Result<(), String> {
-        self.start_exec(exec_id, arguments, Stdio::new())
+        self.start_exec(exec_id, &spec(arguments)["process"], Stdio::new())
             .map_err(|(_, message)| message)
     }
 
     fn start_exec(
         &self,
         exec_id: &str,
-        arguments: &[&str],
+        process: &Value,
         stdio: Stdio,
     ) -> Result<(), (String, String)> {
         let request = ExecProcessRequest {
             container_id: self.id.clone(),
             exec_id: exec_id.to_owned(),
-            process: serde_json::to_vec(&spec(arguments)["process"]).expect("JSON"),
+            process: serde_json::to_vec(process).expect("JSON"),
             stdio: Some(stdio).into(),
             ..Default::default()
         };

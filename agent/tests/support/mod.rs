@@ -37,6 +37,12 @@ pub(crate) fn main(cases: &[Case]) {
     {
         serve::run(Path::new(directory));
     }
+    if arguments == ["print-ids"] {
+        let status = std::fs::read_to_string("/proc/self/status").expect("status");
+        let line = status.lines().find(|line| line.starts_with("Uid:"));
+        println!("{}", line.expect("ids"));
+        return;
+    }
     let missing = [
         (!rustix::process::getuid().is_root()).then_some("root"),
         (!Path::new("/bin/busybox").exists()).then_some("/bin/busybox (package busybox-static)"),
@@ -225,6 +231,11 @@ impl Fixture {
     /// Where nothing may appear.
     pub(crate) fn outside(&self) -> PathBuf {
         self.directory.join("outside")
+    }
+
+    /// The root filesystem of every container, as it is outside.
+    pub(crate) fn rootfs(&self) -> PathBuf {
+        self.directory.join("share/rootfs")
     }
 
     pub(crate) fn in_share(&self, script: &str) {
