@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::log::LogFormat;
+use crate::{log::LogFormat, spec::UnknownProperties};
 
 const VERSION: &str = concat!(
     "version ",
@@ -34,23 +34,26 @@ pub struct Global {
     #[arg(long)]
     pub log: Option<PathBuf>,
     /// Format of the log
-    #[arg(long, default_value = "text")]
-    pub log_format: LogFormat,
+    #[arg(long)]
+    pub log_format: Option<LogFormat>,
     /// Log everything
     #[arg(long)]
     pub debug: bool,
-    /// Not supported: cgroups are made through the file system
+    /// Take linux.cgroupsPath for systemd's form, slice:prefix:name (the cgroup is made directly)
     #[arg(long)]
     pub systemd_cgroup: bool,
+    /// Configuration file, instead of /etc/bulkhead/config.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Whether to run without root: "false" and "auto" are accepted
     #[arg(long, default_value = "auto")]
     pub rootless: String,
     /// Accepted for runc's sake; checkpoints do not use CRIU
     #[arg(long, hide = true)]
     pub criu: Option<String>,
-    /// Refuse configurations with properties that the runtime-spec does not know
-    #[arg(long)]
-    pub strict: bool,
+    /// What becomes of properties in config.json that the runtime-spec does not know
+    #[arg(long, value_name = "RULE")]
+    pub unknown_properties: Option<UnknownProperties>,
     /// Guest kernel, an uncompressed ELF image
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -83,6 +86,10 @@ pub enum Command {
     Ps(Ps),
     /// List containers
     List(List),
+    /// Change the resources that a container may use
+    Update(Box<Update>),
+    /// Show what a container uses, and when it runs out of memory
+    Events(Events),
     /// Freeze the processes of a container
     Pause(Id),
     /// Thaw the processes of a container
@@ -98,6 +105,17 @@ pub enum Command {
     /// Stand for a process (started by the other commands)
     #[command(hide = true)]
     Monitor,
+}
+
+impl Command {
+    /// Whether it makes something by the rules of the configuration file, so that mistakes in that
+    /// file must be told.
+    pub fn makes(&self) -> bool {
+        matches!(
+            self,
+            Self::Create(_) | Self::Run(_) | Self::Exec(_) | Self::Update(_) | Self::Check(_)
+        )
+    }
 }
 
 /// A container.
@@ -257,9 +275,96 @@ pub struct Ps {
     /// Form of the output
     #[arg(long, short, default_value = "table")]
     pub format: Format,
-    /// Accepted for runc's sake: options of ps(1) have no meaning for a guest
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    /// Options of ps(1): -e, -f, and -o with a list of columns
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub options: Vec<String>,
+}
+
+/// What to change; what is not given stays.
+#[derive(Args, Debug, Default)]
+pub struct Update {
+    /// The container's id
+    pub id: String,
+    /// File with the resources as JSON (linux.resources of the runtime-spec), "-" for standard input
+    #[arg(long, short, value_name = "FILE", conflicts_with = "limits")]
+    pub resources: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub limits: UpdateLimits,
+}
+
+/// Limits one by one.
+#[derive(Args, Debug, Default)]
+#[group(id = "limits", multiple = true)]
+#[allow(missing_docs)]
+pub struct UpdateLimits {
+    /// Weight of block I/O, 10 to 1000
+    #[arg(long, value_name = "WEIGHT")]
+    pub blkio_weight: Option<u16>,
+    /// Period of the CPU quota, in microseconds
+    #[arg(long, value_name = "US")]
+    pub cpu_period: Option<u64>,
+    /// CPU time in each period, in microseconds; -1 for no limit
+    #[arg(long, value_name = "US", allow_negative_numbers = true)]
+    pub cpu_quota: Option<i64>,
+    /// Unused CPU time that may be saved up, in microseconds
+    #[arg(long, value_name = "US")]
+    pub cpu_burst: Option<u64>,
+    /// Relative share of CPU time
+    #[arg(long, value_name = "SHARES")]
+    pub cpu_share: Option<u64>,
+    /// Not supported: guests have no realtime groups
+    #[arg(long, value_name = "US", hide = true)]
+    pub cpu_rt_period: Option<u64>,
+    /// Not supported: guests have no realtime groups
+    #[arg(long, value_name = "US", allow_negative_numbers = true, hide = true)]
+    pub cpu_rt_runtime: Option<i64>,
+    /// CPUs to use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory nodes to use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// 1 to run only when the CPU is idle, 0 to run as usual
+    #[arg(long, value_name = "0|1")]
+    pub cpu_idle: Option<i64>,
+    /// Not supported: kernels do not limit it any more
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, hide = true)]
+    pub kernel_memory: Option<String>,
+    /// Not supported: kernels do not limit it any more
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, hide = true)]
+    pub kernel_memory_tcp: Option<String>,
+    /// Memory limit: bytes, or with k, m, g; -1 for none
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    pub memory: Option<String>,
+    /// Memory that is left alone while others have more than theirs
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    pub memory_reservation: Option<String>,
+    /// Limit of memory and swap together; -1 for none
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    pub memory_swap: Option<String>,
+    /// Number of processes; -1 for no limit
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub pids_limit: Option<i64>,
+    /// Not supported: a guest cannot partition the host's caches
+    #[arg(long, value_name = "SCHEMA", hide = true)]
+    pub l3_cache_schema: Option<String>,
+    /// Not supported: a guest cannot partition the host's memory bandwidth
+    #[arg(long, value_name = "SCHEMA", hide = true)]
+    pub mem_bw_schema: Option<String>,
+}
+
+/// What to show.
+#[derive(Args, Debug)]
+pub struct Events {
+    /// The container's id
+    pub id: String,
+    /// Time between two looks at what the container uses, such as 5s or 1m30s
+    #[arg(long, value_name = "DURATION", default_value = "5s")]
+    pub interval: String,
+    /// Show what the container uses, once
+    #[arg(long)]
+    pub stats: bool,
 }
 
 /// How to list.

@@ -1,19 +1,35 @@
 //! The hooks that run on the host (runtime-spec, config "POSIX-platform Hooks"): prestart,
-//! createRuntime, poststart and poststop. Each gets the container's state on its standard input.
+//! createRuntime, createContainer, poststart and poststop. Each gets the container's state on its
+//! standard input. startContainer hooks are programs of the container's file system and run in the
+//! guest.
+//!
+//! createContainer hooks are programs of the host that run in the container's namespaces. Those
+//! exist in the guest; what stands for them on the host are the namespaces of the VM's process, so
+//! the hooks run in its network, IPC and UTS namespaces. Its mounts are out of a hook's reach (the
+//! container's mounts exist in the guest only), so the mount namespace stays the runtime's.
 
 use std::{
     fs::File,
     io::{Read, Seek, Write},
-    os::{fd::OwnedFd, unix::process::CommandExt},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     path::PathBuf,
     process::{Child, Command, Stdio},
+    thread,
     time::Duration,
 };
 
 use oci_spec::runtime::{Hook, Hooks};
+use rustix::{
+    fs::MemfdFlags,
+    thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
+};
 use thiserror::Error;
 
 use crate::{
+    spec::SpecError,
     state::{ProcessIdentity, View},
     wait::{Deadline, poll},
 };
@@ -24,18 +40,6 @@ const SHOWN: u64 = 2048;
 /// A hook failed.
 #[derive(Debug, Error)]
 pub enum HookError {
-    /// It cannot be run as asked.
-    #[error("config.json: hooks.{kind}[{index}].{field}: {reason}")]
-    Invalid {
-        /// Which list.
-        kind: &'static str,
-        /// Which of the list.
-        index: usize,
-        /// Which field.
-        field: &'static str,
-        /// What is wrong.
-        reason: String,
-    },
     /// It could not be run.
     #[error("cannot run hooks.{kind}[{index}], {path}")]
     Run {
@@ -69,10 +73,49 @@ pub fn prestart(hooks: &Hooks) -> Option<&[Hook]> {
     hooks.prestart().as_deref()
 }
 
-/// Runs hooks in order, up to the first that fails.
-pub fn run(kind: &'static str, hooks: Option<&[Hook]>, state: &View) -> Result<(), HookError> {
+/// Judges all hooks, before anything is made that they could fail.
+pub fn check(hooks: &Hooks) -> Result<(), SpecError> {
+    let lists = [
+        ("prestart", prestart(hooks)),
+        ("createRuntime", hooks.create_runtime().as_deref()),
+        ("createContainer", hooks.create_container().as_deref()),
+        ("startContainer", hooks.start_container().as_deref()),
+        ("poststart", hooks.poststart().as_deref()),
+        ("poststop", hooks.poststop().as_deref()),
+    ];
+    for (kind, list) in lists {
+        for (index, hook) in list.unwrap_or_default().iter().enumerate() {
+            let invalid = |field: &str, reason: String| SpecError::Invalid {
+                field: format!("hooks.{kind}[{index}].{field}"),
+                reason,
+            };
+            if !hook.path().is_absolute() {
+                let reason = format!("{:?} must be an absolute path", hook.path());
+                return Err(invalid("path", reason));
+            }
+            if let Some(seconds) = hook.timeout().filter(|seconds| *seconds <= 0) {
+                return Err(invalid("timeout", format!("{seconds} must be above zero")));
+            }
+            let mut variables = hook.env().iter().flatten();
+            if let Some(variable) = variables.find(|variable| !variable.contains('=')) {
+                let reason = format!("{variable:?} must have the form NAME=VALUE");
+                return Err(invalid("env", reason));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs hooks in order, up to the first that fails; in the network, IPC and UTS namespaces of the
+/// process of `namespaces` (a pidfd) if that is given.
+pub fn run(
+    kind: &'static str,
+    hooks: Option<&[Hook]>,
+    state: &View,
+    namespaces: Option<BorrowedFd<'_>>,
+) -> Result<(), HookError> {
     for (index, hook) in hooks.unwrap_or_default().iter().enumerate() {
-        run_one(kind, index, hook, state)?;
+        run_one(kind, index, hook, state, namespaces)?;
     }
     Ok(())
 }
@@ -80,41 +123,32 @@ pub fn run(kind: &'static str, hooks: Option<&[Hook]>, state: &View) -> Result<(
 /// Runs every hook; those that fail are only logged.
 pub fn run_all(kind: &'static str, hooks: Option<&[Hook]>, state: &View) {
     for (index, hook) in hooks.unwrap_or_default().iter().enumerate() {
-        if let Err(error) = run_one(kind, index, hook, state) {
+        if let Err(error) = run_one(kind, index, hook, state, None) {
             tracing::warn!("{}", crate::error::chain(&error));
         }
     }
 }
 
-fn run_one(kind: &'static str, index: usize, hook: &Hook, state: &View) -> Result<(), HookError> {
-    let invalid = |field, reason: String| HookError::Invalid {
-        kind,
-        index,
-        field,
-        reason,
-    };
-    if !hook.path().is_absolute() {
-        return Err(invalid(
-            "path",
-            format!("{:?} must be an absolute path", hook.path()),
-        ));
-    }
-    let limit = match hook.timeout() {
-        None => None,
-        Some(seconds) => match u64::try_from(seconds) {
-            Ok(seconds) if seconds > 0 => Some(Duration::from_secs(seconds)),
-            _ => return Err(invalid("timeout", format!("{seconds} must be above zero"))),
-        },
-    };
+fn run_one(
+    kind: &'static str,
+    index: usize,
+    hook: &Hook,
+    state: &View,
+    namespaces: Option<BorrowedFd<'_>>,
+) -> Result<(), HookError> {
     let failed = |source| HookError::Run {
         kind,
         index,
         path: hook.path().clone(),
         source,
     };
-    // A file, not a pipe: what a hook leaves running may keep it open without being waited for.
-    let printed = rustix::fs::memfd_create("hook", rustix::fs::MemfdFlags::CLOEXEC)
-        .map_err(|error| failed(error.into()))?;
+    let limit = hook
+        .timeout()
+        .and_then(|seconds| u64::try_from(seconds).ok())
+        .map(Duration::from_secs);
+    // Files, not pipes: a hook need not read, and what it leaves running may keep its output open
+    // without being waited for.
+    let printed = memory_file().map_err(failed)?;
     let duplicate = || printed.try_clone().map(Stdio::from).map_err(failed);
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_deref().unwrap_or_default().split_first() {
@@ -127,15 +161,10 @@ fn run_one(kind: &'static str, index: usize, hook: &Hook, state: &View) -> Resul
         }
     }
     command
-        .stdin(Stdio::piped())
+        .stdin(input(state).map_err(failed)?)
         .stdout(duplicate()?)
         .stderr(duplicate()?);
-    let mut child = command.spawn().map_err(failed)?;
-    let state = serde_json::to_vec(state).map_err(|error| failed(error.into()))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook that does not care need not read it.
-        let _ = stdin.write_all(&state);
-    }
+    let mut child = spawn(&mut command, namespaces).map_err(failed)?;
     let reason = match wait(&mut child, limit).map_err(failed)? {
         Some(status) if status.success() => return Ok(()),
         Some(status) => format!("{status}"),
@@ -147,6 +176,38 @@ fn run_one(kind: &'static str, index: usize, hook: &Hook, state: &View) -> Resul
         index,
         path: hook.path().clone(),
         reason,
+    })
+}
+
+fn memory_file() -> std::io::Result<OwnedFd> {
+    Ok(rustix::fs::memfd_create("hook", MemfdFlags::CLOEXEC)?)
+}
+
+/// The state, from its beginning.
+fn input(state: &View) -> std::io::Result<Stdio> {
+    let mut file = File::from(memory_file()?);
+    file.write_all(&serde_json::to_vec(state)?)?;
+    file.rewind()?;
+    Ok(Stdio::from(file))
+}
+
+/// Starts a program; in the namespaces of another process by way of a thread, whose namespaces a
+/// child inherits: a process of many threads may not change its own at once.
+fn spawn(command: &mut Command, namespaces: Option<BorrowedFd<'_>>) -> std::io::Result<Child> {
+    let Some(process) = namespaces else {
+        return command.spawn();
+    };
+    let kinds = ThreadNameSpaceType::NETWORK
+        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
+    thread::scope(|scope| {
+        let spawned = scope.spawn(|| {
+            move_into_thread_name_spaces(process, kinds)?;
+            command.spawn()
+        });
+        spawned
+            .join()
+            .unwrap_or_else(|_| Err(std::io::Error::other("the thread ended unexpectedly")))
     })
 }
 
@@ -219,7 +280,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("seen");
         let script = format!("cat > {0}; echo $A >> {0}", file.display());
-        run("poststart", Some(&shell(&script, None)), &view()).unwrap();
+        run("poststart", Some(&shell(&script, None)), &view(), None).unwrap();
         let seen = std::fs::read_to_string(file).unwrap();
         assert!(
             seen.contains("\"id\":\"one\"") && seen.ends_with("b\n"),
@@ -228,25 +289,54 @@ mod tests {
     }
 
     #[test]
+    fn a_hook_need_not_read_its_state() {
+        let mut view = view();
+        let long = "x".repeat(1 << 20);
+        view.annotations.insert("long".to_owned(), long);
+        let hooks = shell("exec <&-; echo to nobody >&2; exit 0", Some(10));
+        run("prestart", Some(&hooks), &view, None).unwrap();
+        let hooks = shell("read line; test ${#line} -gt 1048576", Some(10));
+        run("prestart", Some(&hooks), &view, None).unwrap();
+    }
+
+    #[test]
     fn failures_say_what_and_why() {
-        let error = run(
-            "prestart",
-            Some(&shell("echo no luck >&2; exit 3", None)),
-            &view(),
-        );
-        let text = error.unwrap_err().to_string();
+        let hooks = shell("echo no luck >&2; exit 3", None);
+        let text = run("prestart", Some(&hooks), &view(), None)
+            .unwrap_err()
+            .to_string();
         assert!(
             text.contains("hooks.prestart[0]") && text.contains("no luck"),
             "{text}"
         );
-        let error = run("prestart", Some(&shell("sleep 100", Some(1))), &view());
-        assert!(error.unwrap_err().to_string().contains("no end after 1 s"));
-        for bad in [
-            serde_json::json!({"path": "bin/sh"}),
-            serde_json::json!({"path": "/bin/sh", "timeout": 0}),
-            serde_json::json!({"path": "/does/not/exist"}),
+        let hooks = shell("exec sleep 100", Some(1));
+        let error = run("prestart", Some(&hooks), &view(), None).unwrap_err();
+        assert!(error.to_string().contains("no end after 1 s"), "{error}");
+        let hooks = hook(serde_json::json!({"path": "/does/not/exist"}));
+        assert!(run("prestart", Some(&hooks), &view(), None).is_err());
+    }
+
+    #[test]
+    fn hooks_of_every_kind_are_judged() {
+        for kind in [
+            "prestart",
+            "createRuntime",
+            "createContainer",
+            "startContainer",
+            "poststart",
+            "poststop",
         ] {
-            assert!(run("prestart", Some(&hook(bad)), &view()).is_err());
+            for (bad, field) in [
+                (serde_json::json!({"path": "bin/sh"}), "path"),
+                (serde_json::json!({"path": "/a", "timeout": 0}), "timeout"),
+                (serde_json::json!({"path": "/a", "timeout": -1}), "timeout"),
+                (serde_json::json!({"path": "/a", "env": ["A"]}), "env"),
+            ] {
+                let hooks = serde_json::from_value(serde_json::json!({kind: [bad]})).unwrap();
+                let error = check(&hooks).unwrap_err().to_string();
+                let named = format!("hooks.{kind}[0].{field}: ");
+                assert!(error.contains(&named), "{error}");
+            }
         }
     }
 }

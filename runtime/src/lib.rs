@@ -8,6 +8,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod commands;
+pub mod config;
 pub mod container_id;
 pub mod error;
 pub mod guest_size;

@@ -20,6 +20,8 @@ const LONGEST: Duration = Duration::from_secs(300);
 const SKIPPED: u8 = 77;
 /// First argument of the process of one test.
 const ONE: &str = "--in-this-process";
+/// The only argument that makes this program show whose rights it has.
+pub(crate) const EFFECTIVE_USER: &str = "--effective-user";
 
 /// The program.
 pub fn main() -> ExitCode {
@@ -28,6 +30,12 @@ pub fn main() -> ExitCode {
         && first == ONE
     {
         return one(runtime, name, Path::new(directory));
+    }
+    if let [_, only] = args.as_slice()
+        && only == EFFECTIVE_USER
+    {
+        println!("{}", rustix::process::geteuid().as_raw());
+        return ExitCode::SUCCESS;
     }
     let runtimes = match take_runtimes(&mut args) {
         Ok(runtimes) => runtimes,

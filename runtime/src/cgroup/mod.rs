@@ -1,17 +1,14 @@
 //! The host's cgroup of a container: the VM's process sits in it, so that the host's limits and
-//! accounting hold for everything that the guest does. Where a cgroup lies follows the rule that
-//! runc has (runtime-spec, config-linux "Cgroups Path" leaves it to the runtime): an absolute path
-//! counts from the root of each hierarchy, a relative one from the caller's own cgroup (version 1)
-//! or that one's parent (version 2, since a cgroup with processes cannot have children with
-//! controllers); without a path the container's id is a relative one.
+//! accounting hold for everything that the guest does. Where it lies is in [`place`], what is
+//! written into it in [`limits`]; here it is made, filled, changed and removed.
 
 mod limits;
+mod place;
 
 use std::{
-    collections::HashMap,
     fs,
     io::{self, Read, Seek},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -19,6 +16,10 @@ use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
 pub use limits::Limits;
+pub use place::{Driver, check_path};
+
+use limits::Setting;
+use place::{Hierarchy, hierarchies};
 
 use crate::wait::{Deadline, poll};
 
@@ -33,10 +34,23 @@ pub enum CgroupError {
     Path(PathBuf),
     /// The path is in systemd's form.
     #[error(
-        "config.json: linux.cgroupsPath: {0:?} has the form slice:prefix:name, which needs \
-         --systemd-cgroup, which is not supported: use the cgroupfs driver"
+        "config.json: linux.cgroupsPath: {0:?} has the form slice:prefix:name, which is meant for \
+         --systemd-cgroup: pass that, or give a path"
     )]
     Systemd(PathBuf),
+    /// The path is not in systemd's form; the middle is runc's words.
+    #[error(
+        "config.json: linux.cgroupsPath: expected cgroupsPath to be of format \
+         \"slice:prefix:name\" for systemd cgroups, got {0:?} instead; leave --systemd-cgroup out \
+         for a plain path"
+    )]
+    NotSystemd(PathBuf),
+    /// The parts of the path are no names of units.
+    #[error(
+        "config.json: linux.cgroupsPath: {0:?} names no unit of systemd: a slice ends with \
+         \".slice\" and has no empty part, a name has no \"/\""
+    )]
+    Unit(PathBuf),
     /// No hierarchy is mounted.
     #[error("no cgroup file system is mounted; mount cgroup2 at /sys/fs/cgroup")]
     NotMounted,
@@ -79,15 +93,6 @@ enum Version {
     Two,
 }
 
-/// One mounted hierarchy.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Hierarchy {
-    version: Version,
-    mount: PathBuf,
-    /// Version 1: its controllers, or `name=…`.
-    controllers: Vec<String>,
-}
-
 /// A container's cgroup in every hierarchy.
 #[derive(Clone, Debug)]
 pub struct Cgroup {
@@ -96,12 +101,37 @@ pub struct Cgroup {
 
 impl Cgroup {
     /// Finds where the cgroup is to be; makes nothing.
-    pub fn locate(path: Option<&Path>, id: &str) -> Result<Self, CgroupError> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo")
-            .map_err(io_error("read", Path::new("/proc/self/mountinfo")))?;
-        let own = fs::read_to_string("/proc/self/cgroup")
-            .map_err(io_error("read", Path::new("/proc/self/cgroup")))?;
-        Self::locate_in(&hierarchies(&mounts), &own, path, id)
+    pub fn locate(path: Option<&Path>, id: &str, driver: Driver) -> Result<Self, CgroupError> {
+        let path = place::resolve(path, id, driver)?;
+        let own = Path::new("/proc/self/cgroup");
+        let own = fs::read_to_string(own).map_err(io_error("read", own))?;
+        let places = mounted()?
+            .into_iter()
+            .map(|hierarchy| {
+                let place = place::locate(&hierarchy, &own, &path);
+                (hierarchy, place)
+            })
+            .collect();
+        Ok(Self { places })
+    }
+
+    /// The cgroup that was made at these places, [`Cgroup::places`].
+    pub fn at(places: &[PathBuf]) -> Result<Self, CgroupError> {
+        if places.is_empty() {
+            return Ok(Self::nowhere());
+        }
+        let hierarchies = mounted()?;
+        let places = places.iter().filter_map(|place| {
+            // One hierarchy may be mounted below another: /sys/fs/cgroup/unified.
+            let hierarchy = hierarchies
+                .iter()
+                .filter(|hierarchy| place.starts_with(&hierarchy.mount))
+                .max_by_key(|hierarchy| hierarchy.mount.as_os_str().len())?;
+            Some((hierarchy.clone(), place.clone()))
+        });
+        Ok(Self {
+            places: places.collect(),
+        })
     }
 
     /// No cgroup: every operation on it does nothing.
@@ -109,42 +139,9 @@ impl Cgroup {
         Self { places: Vec::new() }
     }
 
-    fn locate_in(
-        hierarchies: &[Hierarchy],
-        own: &str,
-        path: Option<&Path>,
-        id: &str,
-    ) -> Result<Self, CgroupError> {
-        let path = path
-            .filter(|path| !path.as_os_str().is_empty())
-            .unwrap_or(Path::new(id));
-        if path.components().any(|part| part == Component::ParentDir) {
-            return Err(CgroupError::Path(path.to_owned()));
-        }
-        if path.to_string_lossy().split(':').count() == 3 {
-            return Err(CgroupError::Systemd(path.to_owned()));
-        }
-        if hierarchies.is_empty() {
-            return Err(CgroupError::NotMounted);
-        }
-        let own = own_cgroups(own);
-        let places = hierarchies
-            .iter()
-            .map(|hierarchy| {
-                let base = match (path.strip_prefix("/"), hierarchy.version) {
-                    (Ok(below), _) => return (hierarchy.clone(), hierarchy.mount.join(below)),
-                    (Err(_), Version::One) => hierarchy
-                        .controllers
-                        .iter()
-                        .find_map(|controller| own.get(controller.as_str()).copied()),
-                    (Err(_), Version::Two) => own.get("").and_then(|own| Path::new(own).parent()),
-                };
-                let base = base.unwrap_or(Path::new("/"));
-                let below = base.strip_prefix("/").unwrap_or(base);
-                (hierarchy.clone(), hierarchy.mount.join(below).join(path))
-            })
-            .collect();
-        Ok(Self { places })
+    /// Its directory in each hierarchy.
+    pub fn places(&self) -> Vec<PathBuf> {
+        self.places.iter().map(|(_, place)| place.clone()).collect()
     }
 
     /// For people: which version, and where.
@@ -181,14 +178,11 @@ impl Cgroup {
     pub fn make(&self, limits: &Limits) -> Result<(), CgroupError> {
         for (hierarchy, place) in &self.places {
             make_directory(hierarchy, place)?;
-            match hierarchy.version {
-                Version::Two => set(place, &limits.unified())?,
-                Version::One => {
-                    for controller in &hierarchy.controllers {
-                        set(place, &limits.split(controller))?;
-                    }
-                }
-            }
+        }
+        for (place, setting) in
+            self.settings(|version, controllers| limits.settings(version, controllers))
+        {
+            set(place, &setting)?;
         }
         Ok(())
     }
@@ -196,17 +190,63 @@ impl Cgroup {
     /// Limits CPU time. Apart from the rest because it comes later: a guest that boots on a small
     /// quota would take seconds for what is not the container's doing.
     pub fn limit_cpu_time(&self, limits: &Limits) -> Result<(), CgroupError> {
-        for (hierarchy, place) in &self.places {
-            let files = match hierarchy.version {
-                Version::Two => limits.unified_cpu_time(),
-                Version::One if hierarchy.controllers.iter().any(|name| name == "cpu") => {
-                    limits.split_cpu_time()
-                }
-                Version::One => continue,
-            };
-            set(place, &files)?;
+        for (place, setting) in
+            self.settings(|version, controllers| limits.cpu_time(version, controllers))
+        {
+            set(place, &setting)?;
         }
         Ok(())
+    }
+
+    /// Sets all limits; what was set before one that fails is put back. Returns what puts
+    /// everything back should it be unwanted after all.
+    pub fn change(&self, limits: &Limits) -> Result<Undo, CgroupError> {
+        let mut undo = Undo(Vec::new());
+        let settings = self.settings(|version, controllers| {
+            let mut all = limits.settings(version, controllers);
+            all.extend(limits.cpu_time(version, controllers));
+            all
+        });
+        for (place, setting) in settings {
+            let Some((path, value)) = choose(place, &setting) else {
+                continue;
+            };
+            let before = before(&path, value);
+            if let Err(error) = set(place, &setting) {
+                undo.put_back();
+                return Err(error);
+            }
+            undo.0.extend(before.map(|before| (path, before)));
+        }
+        Ok(undo)
+    }
+
+    /// What to write where. In a host that has both versions, each controller is in one of them.
+    fn settings(&self, of: impl Fn(Version, &[String]) -> Vec<Setting>) -> Vec<(&Path, Setting)> {
+        let split: Vec<&str> = self
+            .places
+            .iter()
+            .filter(|(hierarchy, _)| hierarchy.version == Version::One)
+            .flat_map(|(hierarchy, _)| hierarchy.controllers.iter().map(String::as_str))
+            .collect();
+        let mut found = Vec::new();
+        for (hierarchy, place) in &self.places {
+            for setting in of(hierarchy.version, &hierarchy.controllers) {
+                let elsewhere = hierarchy.version == Version::Two
+                    && setting.choices.iter().any(|(name, _)| {
+                        let controller = name.split('.').next().unwrap_or(name);
+                        split.contains(&if controller == "io" {
+                            "blkio"
+                        } else {
+                            controller
+                        })
+                    });
+                if !elsewhere {
+                    found.push((place.as_path(), setting));
+                }
+            }
+        }
+        found
     }
 
     /// Puts a process into the cgroup.
@@ -263,65 +303,56 @@ fn remove_one(directory: &Path) -> io::Result<()> {
     }
 }
 
-fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
-    let mut found: Vec<Hierarchy> = Vec::new();
-    for line in mountinfo.lines() {
-        // proc_pid_mountinfo(5): fields after " - " are type, source and options.
-        let Some((before, after)) = line.split_once(" - ") else {
-            continue;
-        };
-        let mut before = before.split(' ');
-        let (Some(root), Some(mount)) = (before.nth(3), before.next()) else {
-            continue;
-        };
-        let mut after = after.split(' ');
-        let version = match after.next() {
-            Some("cgroup2") => Version::Two,
-            Some("cgroup") => Version::One,
-            _ => continue,
-        };
-        let options = after.nth(1).unwrap_or_default();
-        let controllers = match version {
-            Version::Two => Vec::new(),
-            Version::One => {
-                let known = |option: &&str| !matches!(*option, "rw" | "ro" | "xattr");
-                options
-                    .split(',')
-                    .filter(known)
-                    .map(str::to_owned)
-                    .collect()
+/// Values to put back, last first.
+#[derive(Debug)]
+#[must_use]
+pub struct Undo(Vec<(PathBuf, String)>);
+
+impl Undo {
+    /// Puts them back, as far as the kernel lets us.
+    pub fn put_back(&self) {
+        for (path, value) in self.0.iter().rev() {
+            if let Err(error) = fs::write(path, value) {
+                tracing::warn!("cannot put {value:?} back into {}: {error}", path.display());
             }
-        };
-        let mount = PathBuf::from(mount.replace("\\040", " "));
-        // A part of a hierarchy that is mounted elsewhere, or twice, is not another hierarchy.
-        let twice = found
-            .iter()
-            .any(|other| other.version == version && other.controllers == controllers);
-        if root == "/" && !twice {
-            found.push(Hierarchy {
-                version,
-                mount,
-                controllers,
-            });
         }
     }
-    found
 }
 
-/// cgroups(7), /proc/pid/cgroup: the caller's cgroup by controller; `""` for version 2.
-fn own_cgroups(text: &str) -> HashMap<&str, &Path> {
-    let mut own = HashMap::new();
-    for line in text.lines() {
-        let mut fields = line.splitn(3, ':');
-        if let (Some(_), Some(controllers), Some(path)) =
-            (fields.next(), fields.next(), fields.next())
-        {
-            for controller in controllers.split(',') {
-                own.insert(controller, Path::new(path));
-            }
-        }
+/// What a file holds, in the form that writing `value` would replace.
+fn before(path: &Path, value: &str) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    let name = path.file_name()?.to_str()?;
+    // A file with a line a device (or `default`): the one that is written.
+    let device = value.split_once(' ').map(|(device, _)| device);
+    let (Some(device), true) = (
+        device,
+        name.starts_with("io.") || name.starts_with("blkio."),
+    ) else {
+        // An empty cpuset is put back by an empty line, an empty write would be none.
+        return Some(format!("{}\n", text.trim_end()));
+    };
+    let line = text
+        .lines()
+        .find(|line| line.split(' ').next() == Some(device));
+    Some(line.map_or_else(
+        || match name {
+            "io.max" => format!("{device} rbps=max wbps=max riops=max wiops=max"),
+            "io.weight" | "io.bfq.weight" => format!("{device} default"),
+            _ => format!("{device} 0"),
+        },
+        str::to_owned,
+    ))
+}
+
+fn mounted() -> Result<Vec<Hierarchy>, CgroupError> {
+    let mounts = Path::new("/proc/self/mountinfo");
+    let mounts = fs::read_to_string(mounts).map_err(io_error("read", mounts))?;
+    let hierarchies = hierarchies(&mounts);
+    if hierarchies.is_empty() {
+        return Err(CgroupError::NotMounted);
     }
-    own
+    Ok(hierarchies)
 }
 
 fn make_directory(hierarchy: &Hierarchy, place: &Path) -> Result<(), CgroupError> {
@@ -380,70 +411,121 @@ fn inherit_cpuset(above: &Path, level: &Path) -> Result<(), CgroupError> {
     Ok(())
 }
 
-fn set(place: &Path, files: &[(&str, String)]) -> Result<(), CgroupError> {
-    for (name, value) in files {
-        let path = place.join(name);
-        fs::write(&path, value).map_err(|source| CgroupError::Limit {
-            value: value.clone(),
-            path,
-            source,
-        })?;
-    }
-    Ok(())
+/// The file of a setting and its value; `None` where there is nothing to be set.
+fn choose<'s>(place: &Path, setting: &'s Setting) -> Option<(PathBuf, &'s str)> {
+    let mut choices = setting
+        .choices
+        .iter()
+        .map(|(name, value)| (place.join(name), value.as_str()));
+    let there = choices.clone().find(|(path, _)| path.exists());
+    there.or_else(|| choices.next_back().filter(|_| !setting.optional))
+}
+
+fn set(place: &Path, setting: &Setting) -> Result<(), CgroupError> {
+    let Some((path, value)) = choose(place, setting) else {
+        return Ok(());
+    };
+    fs::write(&path, value).map_err(|source| CgroupError::Limit {
+        value: value.to_owned(),
+        path,
+        source,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
-    const UNIFIED: &str = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
-    const SPLIT: &str = "31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n\
-        32 30 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
-        33 30 0:29 /part /elsewhere rw - cgroup cgroup rw,memory\n\
-        34 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
-        35 30 0:31 / /data rw - ext4 /dev/sda rw\n";
+    fn cgroup(version: Version, place: &Path) -> Cgroup {
+        let hierarchy = Hierarchy {
+            version,
+            mount: place.to_owned(),
+            controllers: Vec::new(),
+        };
+        Cgroup {
+            places: vec![(hierarchy, place.to_owned())],
+        }
+    }
 
-    fn places(mounts: &str, own: &str, path: Option<&str>) -> Vec<String> {
-        Cgroup::locate_in(&hierarchies(mounts), own, path.map(Path::new), "one")
-            .unwrap()
-            .places
-            .into_iter()
-            .map(|(_, place)| place.display().to_string())
-            .collect()
+    fn limits(resources: serde_json::Value) -> Limits {
+        let guest = crate::guest_size::GuestSize {
+            cpus: 1,
+            memory_mib: 256,
+        };
+        Limits::from_resources(&serde_json::from_value(resources).unwrap(), guest)
     }
 
     #[test]
-    fn where_cgroups_lie() {
-        let own = "0::/user/session\n";
-        assert_eq!(places(UNIFIED, own, Some("/a/b")), ["/sys/fs/cgroup/a/b"]);
-        assert_eq!(places(UNIFIED, own, Some("b")), ["/sys/fs/cgroup/user/b"]);
-        assert_eq!(places(UNIFIED, own, None), ["/sys/fs/cgroup/user/one"]);
-        assert_eq!(places(UNIFIED, "0::/\n", Some("")), ["/sys/fs/cgroup/one"]);
-        let own = "3:cpu,cpuacct:/c\n1:name=systemd:/s\n0::/u/v\n";
+    fn a_change_can_be_put_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path();
+        for (name, text) in [
+            ("memory.max", "max\n"),
+            ("cpuset.cpus", "\n"),
+            ("io.max", "8:0 rbps=5 wbps=max riops=max wiops=max\n"),
+            ("cpu.max", "max 100000\n"),
+        ] {
+            fs::write(place.join(name), text).unwrap();
+        }
+        let changed = limits(json!({
+            "memory": {"limit": 1 << 20}, "cpu": {"cpus": "0", "quota": 5000},
+            "blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 600}]}}));
+        let undo = cgroup(Version::Two, place).change(&changed).unwrap();
+        let read = |name: &str| fs::read_to_string(place.join(name)).unwrap();
+        assert_eq!(read("memory.max"), "335544320");
+        assert_eq!(read("cpu.max"), "5000 100000");
+        undo.put_back();
+        assert_eq!(read("memory.max"), "max\n");
+        assert_eq!(read("cpuset.cpus"), "\n");
+        assert_eq!(read("cpu.max"), "max 100000\n");
+        assert_eq!(read("io.max"), "8:0 rbps=5 wbps=max riops=max wiops=max");
+    }
+
+    #[test]
+    fn a_change_that_fails_half_way_is_put_back() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("memory.max"), "max").unwrap();
+        fs::create_dir(directory.path().join("pids.max")).unwrap();
+        let changed = limits(json!({"memory": {"limit": 1 << 20}, "pids": {"limit": 5}}));
+        let error = cgroup(Version::Two, directory.path())
+            .change(&changed)
+            .unwrap_err();
+        assert!(error.to_string().contains("pids.max"), "{error}");
+        let memory = fs::read_to_string(directory.path().join("memory.max")).unwrap();
+        assert_eq!(memory.trim(), "max");
+    }
+
+    #[test]
+    fn with_both_versions_each_controller_is_in_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut both = cgroup(Version::Two, &directory.path().join("unified"));
+        both.places.push((
+            Hierarchy {
+                version: Version::One,
+                mount: directory.path().to_owned(),
+                controllers: vec!["memory".to_owned(), "blkio".to_owned()],
+            },
+            directory.path().join("memory"),
+        ));
+        let limits = limits(json!({"memory": {"limit": 1 << 20}, "pids": {"limit": 5},
+            "blockIO": {"weight": 10}}));
+        let names: Vec<_> = both
+            .settings(|version, controllers| limits.settings(version, controllers))
+            .iter()
+            .map(|(place, setting)| {
+                let place = place.file_name().unwrap().to_str().unwrap();
+                format!("{place}/{}", setting.choices[0].0)
+            })
+            .collect();
         assert_eq!(
-            places(SPLIT, own, None),
+            names,
             [
-                "/sys/fs/cgroup/cpu/c/one",
-                "/sys/fs/cgroup/systemd/s/one",
-                "/sys/fs/cgroup/unified/u/one"
+                "unified/pids.max",
+                "memory/memory.limit_in_bytes",
+                "memory/blkio.weight"
             ]
         );
-    }
-
-    #[test]
-    fn paths_that_are_refused() {
-        let locate = |mounts: &str, path: &str| {
-            Cgroup::locate_in(&hierarchies(mounts), "", Some(Path::new(path)), "one")
-        };
-        assert!(matches!(
-            locate(UNIFIED, "/a/../../b"),
-            Err(CgroupError::Path(_))
-        ));
-        assert!(matches!(
-            locate(UNIFIED, "a.slice:b:c"),
-            Err(CgroupError::Systemd(_))
-        ));
-        assert!(matches!(locate("", "/a"), Err(CgroupError::NotMounted)));
     }
 
     #[test]

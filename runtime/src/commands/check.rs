@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Context, Error, print, table};
 use crate::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Driver},
     cli::{Check, Format},
 };
 
@@ -167,7 +167,7 @@ fn root_image(path: &Path) -> Result<String, String> {
 }
 
 fn cgroups() -> Result<String, String> {
-    match Cgroup::locate(None, "check") {
+    match Cgroup::locate(None, "check", Driver::Cgroupfs) {
         Ok(cgroup) => Ok(cgroup.describe()),
         Err(error) => Err(crate::error::chain(&error)),
     }

@@ -4,7 +4,9 @@ use std::{os::fd::AsFd, path::Path};
 
 use super::{Context, Error, write_pid_file};
 use crate::{
+    cgroup,
     cli::Create,
+    guest_size::{self, GuestSize, Host},
     lifecycle,
     monitor::{self, ContainerOrder, Order},
     spec::{
@@ -16,27 +18,36 @@ use crate::{
 };
 
 pub(super) fn create(context: &Context, options: &Create) -> Result<u8, Error> {
-    let (loaded, checked) = prepare(context, options)?;
-    if checked.terminal && options.console_socket.is_none() {
+    let plan = prepare(context, options)?;
+    let terminal = plan.checked.terminal;
+    if terminal && options.console_socket.is_none() {
         return Err(Error::Usage(
             "cannot allocate tty if runc will detach without setting console socket (give \
              --console-socket, or set process.terminal to false)"
                 .to_owned(),
         ));
     }
-    if !checked.terminal && options.console_socket.is_some() {
+    if !terminal && options.console_socket.is_some() {
         return Err(Error::Usage(
             "cannot use console socket if runc will not detach or allocate tty (process.terminal \
              is false)"
                 .to_owned(),
         ));
     }
-    create_detached(context, options, &loaded, &checked)?;
+    create_detached(context, options, &plan)?;
     Ok(0)
 }
 
+/// A configuration that was read and judged, and what follows from it.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) loaded: Loaded,
+    pub(super) checked: Checked,
+    guest: GuestSize,
+}
+
 /// Reads and judges the configuration.
-pub(super) fn prepare(context: &Context, options: &Create) -> Result<(Loaded, Checked), Error> {
+pub(super) fn prepare(context: &Context, options: &Create) -> Result<Plan, Error> {
     if options.preserve_fds > 0 {
         return Err(Error::Option {
             option: "--preserve-fds above 0",
@@ -47,22 +58,33 @@ pub(super) fn prepare(context: &Context, options: &Create) -> Result<(Loaded, Ch
         tracing::warn!("--no-pivot is ignored: the root is entered inside the guest");
     }
     let loaded = Loaded::read(&options.bundle)?;
-    loaded.judge_unknown(context.global.strict)?;
+    loaded.judge_unknown(context.unknown_properties())?;
     let checked = check::check(&loaded)?;
-    Ok((loaded, checked))
+    cgroup::check_path(
+        checked.cgroups_path.as_deref(),
+        &options.id,
+        context.cgroup_driver(),
+    )?;
+    let guest = guest_size::of(&loaded.spec, &context.config, Host::this())?;
+    Ok(Plan {
+        loaded,
+        checked,
+        guest,
+    })
 }
 
 /// Makes the container's directory with a record in it.
 pub(super) fn record(
     context: &Context,
     id: &str,
-    loaded: &Loaded,
-    checked: &Checked,
+    plan: &Plan,
     monitor: Option<ProcessIdentity>,
 ) -> Result<Container, Error> {
+    let loaded = &plan.loaded;
     let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
     let mut record = Record::new(id, &loaded.bundle, loaded.spec.version(), own);
-    record.rootfs.clone_from(&checked.rootfs);
+    record.rootfs.clone_from(&plan.checked.rootfs);
+    record.guest = plan.guest;
     record.created = crate::time::now_precise();
     record.owner = owner();
     record.monitor = monitor;
@@ -99,7 +121,7 @@ fn owner() -> String {
 pub(super) fn order(
     context: &Context,
     options: &Create,
-    loaded: &Loaded,
+    plan: &Plan,
 ) -> Result<ContainerOrder, Error> {
     let absolute = |path: &Option<std::path::PathBuf>| {
         path.as_ref()
@@ -109,7 +131,7 @@ pub(super) fn order(
     };
     Ok(ContainerOrder {
         id: options.id.clone(),
-        bundle: loaded.bundle.clone(),
+        bundle: plan.loaded.bundle.clone(),
         vmm: context.vmm()?,
         kernel: context.kernel()?,
         root_image: context.root_image(options.guest_debug)?,
@@ -118,6 +140,8 @@ pub(super) fn order(
         timeline: absolute(&options.timeline)?,
         began: context.began.microseconds(),
         no_new_keyring: options.no_new_keyring,
+        guest: plan.guest,
+        cgroup_driver: context.cgroup_driver(),
     })
 }
 
@@ -125,11 +149,10 @@ pub(super) fn order(
 pub(super) fn create_detached(
     context: &Context,
     options: &Create,
-    loaded: &Loaded,
-    checked: &Checked,
+    plan: &Plan,
 ) -> Result<Container, Error> {
-    let container = record(context, &options.id, loaded, checked, None)?;
-    let created = hand_over(context, options, loaded, &container);
+    let container = record(context, &options.id, plan, None)?;
+    let created = hand_over(context, options, plan, &container);
     if created.is_err()
         && let Err(error) = lifecycle::destroy(&container)
     {
@@ -141,10 +164,10 @@ pub(super) fn create_detached(
 fn hand_over(
     context: &Context,
     options: &Create,
-    loaded: &Loaded,
+    plan: &Plan,
     container: &Container,
 ) -> Result<(), Error> {
-    let order = Order::Container(order(context, options, loaded)?);
+    let order = Order::Container(order(context, options, plan)?);
     let held = container.open_held(MONITOR_LOCK)?;
     let mut monitor = monitor::spawn(&context.monitor_options()?, Some(held))?;
     let identity = ProcessIdentity::of(monitor.pid())

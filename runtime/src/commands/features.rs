@@ -59,7 +59,7 @@ pub(super) fn features() -> Result<u8, Error> {
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "capabilities": capabilities(),
-            "cgroup": {"v1": true, "v2": true, "systemd": false, "systemdUser": false,
+            "cgroup": {"v1": true, "v2": true, "systemd": true, "systemdUser": false,
                 "rdma": false},
             "seccomp": {
                 "enabled": true,
@@ -74,6 +74,8 @@ pub(super) fn features() -> Result<u8, Error> {
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
             "netDevices": {"enabled": false},
+            "memoryPolicy": {"enabled": false},
+            "mountExtensions": {"idmap": {"enabled": false}},
         },
         "annotations": {"org.bulkhead.version": env!("CARGO_PKG_VERSION")},
     });

@@ -5,6 +5,7 @@ mod check;
 mod console;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod features;
 mod kill;
@@ -16,6 +17,7 @@ mod run;
 mod spec;
 mod start;
 mod state;
+mod update;
 
 use std::{
     ffi::OsString,
@@ -27,17 +29,21 @@ use std::{
 use thiserror::Error;
 
 use crate::{
-    agent::{AgentError, rpc::RpcError},
+    agent::{self, AgentError, rpc::RpcError},
+    cgroup::{CgroupError, Driver},
     cli::{Cli, Command, Global},
+    config::Config,
+    guest_size::SizeError,
     hooks::HookError,
     lifecycle::DestroyError,
     log::LogFormat,
     monitor::{HandoverError, LaunchError},
     signal::UnknownSignal,
-    spec::SpecError,
-    state::{Container, ContainerStatus, StateError, StateRoot},
+    spec::{SpecError, UnknownProperties},
+    state::{Container, ContainerStatus, Record, StateError, StateRoot},
     stdio::TerminalError,
     timeline::Moment,
+    wait::Deadline,
 };
 
 /// For the agent's answer to a request that does not take long.
@@ -65,6 +71,10 @@ pub enum Error {
     Hook(#[from] HookError),
     #[error(transparent)]
     Signal(#[from] UnknownSignal),
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     #[error("exec failed")]
     Exec(#[source] Box<Error>),
     #[error("{0}")]
@@ -103,17 +113,19 @@ impl From<RpcError> for Error {
 #[derive(Debug)]
 pub struct Context {
     global: Global,
+    config: Config,
     began: Moment,
     root: StateRoot,
 }
 
 /// Carries a command out; returns the exit code.
-pub fn run(cli: Cli, began: Moment) -> Result<u8, Error> {
+pub fn run(cli: Cli, config: Config, began: Moment) -> Result<u8, Error> {
     let root = std::path::absolute(&cli.global.root)
         .map_err(|error| Error::Io("find the current directory", error))?;
     let context = Context {
         root: StateRoot::new(root),
         global: cli.global,
+        config,
         began,
     };
     context.refuse_options()?;
@@ -127,6 +139,8 @@ pub fn run(cli: Cli, began: Moment) -> Result<u8, Error> {
         Command::Exec(options) => exec::exec(&context, options),
         Command::Ps(options) => ps::ps(&context, &options),
         Command::List(options) => list::list(&context, &options),
+        Command::Update(options) => update::update(&context, &options),
+        Command::Events(options) => events::events(&context, &options),
         Command::Pause(options) => pause::pause(&context, &options),
         Command::Resume(options) => pause::resume(&context, &options),
         Command::Spec(options) => spec::spec(&options),
@@ -139,13 +153,6 @@ pub fn run(cli: Cli, began: Moment) -> Result<u8, Error> {
 
 impl Context {
     fn refuse_options(&self) -> Result<(), Error> {
-        if self.global.systemd_cgroup {
-            return Err(Error::Option {
-                option: "--systemd-cgroup",
-                reason: "cgroups are made through the file system; configure the caller for the \
-                         cgroupfs driver",
-            });
-        }
         match self.global.rootless.as_str() {
             "auto" | "false" => Ok(()),
             "true" => Err(Error::Option {
@@ -158,10 +165,28 @@ impl Context {
         }
     }
 
-    /// A file of the installation: the one given, or where it lies relative to this program.
-    fn installed(&self, given: Option<&Path>, beside: &str) -> Result<PathBuf, Error> {
+    fn unknown_properties(&self) -> UnknownProperties {
+        self.global.unknown_properties.unwrap_or_default()
+    }
+
+    fn cgroup_driver(&self) -> Driver {
+        if self.global.systemd_cgroup {
+            Driver::Systemd
+        } else {
+            Driver::Cgroupfs
+        }
+    }
+
+    /// A file of the installation: the one given on the command line or in the configuration file,
+    /// or where it lies relative to this program.
+    fn installed(
+        &self,
+        given: &Option<PathBuf>,
+        configured: &Option<PathBuf>,
+        beside: &str,
+    ) -> Result<PathBuf, Error> {
         let failed = |error| Error::Io("find this program", error);
-        if let Some(path) = given {
+        if let Some(path) = given.as_ref().or(configured.as_ref()) {
             return std::path::absolute(path).map_err(failed);
         }
         let own = std::env::current_exe().map_err(failed)?;
@@ -173,21 +198,26 @@ impl Context {
     }
 
     fn vmm(&self) -> Result<PathBuf, Error> {
-        self.installed(self.global.vmm.as_deref(), "bulkhead-vmm")
+        let paths = &self.config.paths;
+        self.installed(&self.global.vmm, &paths.vmm, "bulkhead-vmm")
     }
 
     fn kernel(&self) -> Result<PathBuf, Error> {
-        self.installed(self.global.kernel.as_deref(), "../share/bulkhead/vmlinux")
+        let beside = "../share/bulkhead/vmlinux";
+        self.installed(&self.global.kernel, &self.config.paths.kernel, beside)
     }
 
     fn root_image(&self, debug: bool) -> Result<PathBuf, Error> {
-        let image = if debug {
-            "rootfs-debug.erofs"
+        let paths = &self.config.paths;
+        let (configured, beside) = if debug {
+            (
+                &paths.debug_root_image,
+                "../share/bulkhead/rootfs-debug.erofs",
+            )
         } else {
-            "rootfs.erofs"
+            (&paths.root_image, "../share/bulkhead/rootfs.erofs")
         };
-        let beside = format!("../share/bulkhead/{image}");
-        self.installed(self.global.root_image.as_deref(), &beside)
+        self.installed(&self.global.root_image, configured, beside)
     }
 
     /// The global options that a monitor of this command gets.
@@ -198,7 +228,7 @@ impl Context {
                 .map_err(|error| Error::Io("find the current directory", error))?;
             options.extend(["--log".into(), log.into()]);
         }
-        if self.global.log_format == LogFormat::Json {
+        if self.global.log_format == Some(LogFormat::Json) {
             options.extend(["--log-format".into(), "json".into()]);
         }
         if self.global.debug {
@@ -223,6 +253,31 @@ fn require(
         status,
         wrong,
     })
+}
+
+/// A container that has processes, and what is written down of it.
+fn living(context: &Context, id: &str) -> Result<(Container, Record), Error> {
+    let container = context.root.open(id)?;
+    let record = container.record()?;
+    let alive = [
+        ContainerStatus::Created,
+        ContainerStatus::Running,
+        ContainerStatus::Paused,
+    ];
+    let status = record.current_status();
+    require(&container, status, &alive, "container not running")?;
+    Ok((container, record))
+}
+
+/// Asks the agent of a container one question.
+fn ask<R: protobuf::Message>(
+    container: &Container,
+    method: &'static str,
+    request: &impl protobuf::Message,
+) -> Result<R, Error> {
+    let deadline = Deadline::after(CALL_LIMIT);
+    let mut rpc = agent::connect(container, deadline)?;
+    Ok(agent::call(&mut rpc, method, request, deadline)?)
 }
 
 /// Writes a pid file, whole or not at all.

@@ -2,8 +2,8 @@
 
 use bulkhead_agent_protocol::messages::{ContainerRequest, Empty};
 
-use super::{CALL_LIMIT, Context, Error};
-use crate::{agent, cli::Id, state::Event, wait::Deadline};
+use super::{Context, Error, ask};
+use crate::{cli::Id, state::Event};
 
 pub(super) fn pause(context: &Context, options: &Id) -> Result<u8, Error> {
     change(
@@ -41,13 +41,11 @@ fn change(
         status,
         wrong,
     })?;
-    let deadline = Deadline::after(CALL_LIMIT);
-    let mut rpc = agent::connect(&container, deadline)?;
     let request = ContainerRequest {
         container_id: options.id.clone(),
         ..Default::default()
     };
-    let _: Empty = agent::call(&mut rpc, method, &request, deadline)?;
+    let _: Empty = ask(&container, method, &request)?;
     record.status = next;
     locked.write(&record)?;
     Ok(0)

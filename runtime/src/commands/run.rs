@@ -2,35 +2,35 @@
 
 use std::time::Duration;
 
-use super::{Context, Error, create, monitor::START_VM, start, write_pid_file};
+use super::{Context, Error, create, create::Plan, monitor::START_VM, start, write_pid_file};
 use crate::{
     cli::Run,
     lifecycle,
     monitor::{Ended, HostStdio, launch},
-    spec::{Loaded, check::Checked},
     state::{Container, ProcessIdentity},
     stdio::{RawTerminal, Signals},
     wait::Deadline,
 };
 
 pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
-    let (loaded, checked) = create::prepare(context, &options.create)?;
+    let plan = create::prepare(context, &options.create)?;
+    let terminal = plan.checked.terminal;
     let socket = options.create.console_socket.is_some();
-    if options.detach && checked.terminal && !socket {
+    if options.detach && terminal && !socket {
         return Err(Error::Usage(
             "cannot allocate tty if runc will detach without setting console socket (give \
              --console-socket, or set process.terminal to false)"
                 .to_owned(),
         ));
     }
-    if socket && !(options.detach && checked.terminal) {
+    if socket && !(options.detach && terminal) {
         return Err(Error::Usage(
             "cannot use console socket if runc will not detach or allocate tty".to_owned(),
         ));
     }
     if options.detach {
-        let container = create::create_detached(context, &options.create, &loaded, &checked)?;
-        let started = start::start_container(&container, &loaded.spec);
+        let container = create::create_detached(context, &options.create, &plan)?;
+        let started = start::start_container(&container, &plan.loaded.spec);
         if started.is_err() {
             clean_up(&container);
         }
@@ -38,14 +38,8 @@ pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
     }
     let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
-    let container = create::record(context, &options.create.id, &loaded, &checked, Some(own))?;
-    let result = attached(
-        context,
-        options,
-        (&loaded, &checked),
-        &container,
-        &mut signals,
-    );
+    let container = create::record(context, &options.create.id, &plan, Some(own))?;
+    let result = attached(context, options, &plan, &container, &mut signals);
     match &result {
         Ok(ended) if options.keep => ended.record(&container),
         _ => clean_up(&container),
@@ -57,18 +51,18 @@ pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
 fn attached(
     context: &Context,
     options: &Run,
-    (loaded, checked): (&Loaded, &Checked),
+    plan: &Plan,
     container: &Container,
     signals: &mut Signals,
 ) -> Result<Ended, Error> {
-    let order = create::order(context, &options.create, loaded)?;
-    let host = match checked.terminal {
+    let order = create::order(context, &options.create, plan)?;
+    let host = match plan.checked.terminal {
         true => HostStdio::Terminal(RawTerminal::enter()?),
         false => HostStdio::Standard,
     };
     let mut sandbox = launch(
         &order,
-        (loaded, checked),
+        (&plan.loaded, &plan.checked),
         container,
         START_VM,
         signals,
@@ -80,7 +74,7 @@ fn attached(
     start::record_started(container, || {
         Ok(sandbox.start(Deadline::after(Duration::from_secs(60)))?)
     })?;
-    start::poststart(container, &loaded.spec)?;
+    start::poststart(container, &plan.loaded.spec)?;
     Ok(sandbox.supervise(signals))
 }
 

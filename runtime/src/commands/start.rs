@@ -77,7 +77,7 @@ pub(super) fn poststart(container: &Container, spec: &Spec) -> Result<(), Error>
         Err(StateError::Incomplete(_)) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    hooks::run("poststart", Some(list), &view).inspect_err(|_| {
+    hooks::run("poststart", Some(list), &view, None).inspect_err(|_| {
         if let Err(error) = lifecycle::destroy(container) {
             tracing::error!("cannot clean up: {}", crate::error::chain(&error));
         }

@@ -33,7 +33,7 @@ use crate::{
         rpc::{RpcClient, RpcError},
     },
     cgroup::{Cgroup, CgroupError, Limits},
-    guest_size::{self, GuestSize, Host, TooLarge},
+    guest_size::GuestSize,
     hooks::{self, HookError},
     share::{self, Share},
     spec::{Loaded, SpecError, check::Checked},
@@ -69,9 +69,6 @@ pub enum LaunchError {
     /// The host's cgroup failed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// The container asks for more memory than there is.
-    #[error(transparent)]
-    TooLarge(#[from] TooLarge),
     /// The guest could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -133,13 +130,13 @@ pub fn launch<'a>(
     let vm = start_vm(&order.vmm, container.open_held(VMM_LOG)?)?;
     timeline.vmm_started = Some(Moment::now());
     let sockets = agent::sockets(container)?;
-    let guest = guest_size::of(&loaded.spec, Host::this())?;
+    let guest = order.guest;
     let mut launch = Launch {
         container,
         spec: &loaded.spec,
         vm,
         ready: ReadyListener::bind(sockets.as_fd())?,
-        cgroup: locate_cgroup(&loaded.spec, &order.id)?,
+        cgroup: locate_cgroup(order, checked)?,
         limits: Limits::of(&loaded.spec, guest),
         signals,
         timeline,
@@ -153,6 +150,7 @@ pub fn launch<'a>(
     launch.create_hooks()?;
     let (rpc, relay) =
         launch.create_container(order, &loaded.bytes, &share, sockets.as_fd(), &host)?;
+    launch.container_hooks()?;
     launch.cgroup.limit_cpu_time(&launch.limits)?;
     launch.record_created()?;
     launch.timeline.container_created = Some(Moment::now());
@@ -181,16 +179,16 @@ fn check_installation(order: &ContainerOrder) -> Result<(), LaunchError> {
     Ok(())
 }
 
-fn locate_cgroup(spec: &Spec, id: &str) -> Result<Cgroup, CgroupError> {
+fn locate_cgroup(order: &ContainerOrder, checked: &Checked) -> Result<Cgroup, CgroupError> {
     // Unit tests need neither root nor a host whose cgroups may be changed.
     if cfg!(test) {
         return Ok(Cgroup::nowhere());
     }
-    let path = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.cgroups_path().as_deref());
-    Cgroup::locate(path, id)
+    Cgroup::locate(
+        checked.cgroups_path.as_deref(),
+        &order.id,
+        order.cgroup_driver,
+    )
 }
 
 fn vm_config(
@@ -252,8 +250,8 @@ impl Launch<'_, '_> {
     }
 
     fn record_cgroup(&self) -> Result<(), LaunchError> {
-        let directories = self.cgroup.directories();
-        self.record(|record| record.cgroups = directories)?;
+        let (directories, own) = (self.cgroup.directories(), self.cgroup.places());
+        self.record(|record| (record.cgroups, record.cgroup) = (directories, own))?;
         Ok(self.cgroup.make(&self.limits)?)
     }
 
@@ -342,9 +340,37 @@ impl Launch<'_, '_> {
         };
         let mut view = self.container.record()?.view();
         view.status = crate::state::ContainerStatus::Creating;
-        hooks::run("prestart", hooks::prestart(hooks), &view)?;
-        hooks::run("createRuntime", hooks.create_runtime().as_deref(), &view)?;
+        hooks::run("prestart", hooks::prestart(hooks), &view, None)?;
+        let list = hooks.create_runtime().as_deref();
+        hooks::run("createRuntime", list, &view, None)?;
         Ok(())
+    }
+
+    /// runtime-spec, config "CreateContainer Hooks": the container is there, its process has not
+    /// been let run.
+    fn container_hooks(&self) -> Result<(), LaunchError> {
+        let hooks = self.spec.hooks().as_ref();
+        let Some(list) = hooks.and_then(|hooks| hooks.create_container().as_deref()) else {
+            return Ok(());
+        };
+        let record = self.container.record()?;
+        let failed = |error| LaunchError::Io("find the VM's process for hooks", error);
+        let vmm = match record.vmm {
+            Some(vmm) => {
+                let gone = || VmError::Gone(String::new());
+                Some(vmm.open().map_err(failed)?.ok_or_else(gone)?)
+            }
+            None => None,
+        };
+        let mut view = record.view();
+        view.status = crate::state::ContainerStatus::Creating;
+        let namespaces = vmm.as_ref().map(AsFd::as_fd);
+        Ok(hooks::run(
+            "createContainer",
+            Some(list),
+            &view,
+            namespaces,
+        )?)
     }
 
     fn create_container(

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::attach::Attached;
 use crate::{
     agent::{self, rpc::RpcError},
+    cgroup::Driver,
+    guest_size::GuestSize,
     state::{Container, Event, StateError},
     stdio::Signals,
     timeline::{Moment, Timeline},
@@ -40,6 +42,10 @@ pub struct ContainerOrder {
     pub began: u64,
     /// Whether the container gets no session keyring of its own.
     pub no_new_keyring: bool,
+    /// The size of the guest.
+    pub guest: GuestSize,
+    /// What form `linux.cgroupsPath` has.
+    pub cgroup_driver: Driver,
 }
 
 /// A container whose process waits to be let run, or runs.

@@ -14,6 +14,8 @@ use serde_json::json;
 
 use super::{ContainerOrder, ExecOrder, HostStdio, LaunchError, Sandbox, join, launch};
 use crate::{
+    cgroup::Driver,
+    guest_size::GuestSize,
     spec::{
         Loaded,
         check::{self, Checked},
@@ -85,6 +87,11 @@ fn scene() -> Scene {
         timeline: Some(directory.path().join("timeline.json")),
         began: Moment::now().microseconds(),
         no_new_keyring: false,
+        guest: GuestSize {
+            cpus: 1,
+            memory_mib: 256,
+        },
+        cgroup_driver: Driver::Cgroupfs,
     };
     let signals = Signals::catch().unwrap();
     Scene {

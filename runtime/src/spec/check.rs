@@ -31,6 +31,8 @@ pub struct Checked {
     pub rootfs: PathBuf,
     /// Whether the process has a terminal.
     pub terminal: bool,
+    /// `linux.cgroupsPath` as it stands.
+    pub cgroups_path: Option<PathBuf>,
 }
 
 /// Judges a configuration.
@@ -63,6 +65,9 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
             "the guest's kernel and image are chosen on the command line (--kernel, --root-image)",
         ));
     }
+    if let Some(hooks) = spec.hooks() {
+        crate::hooks::check(hooks)?;
+    }
     namespaces(linux)?;
     if let Some(resources) = linux.resources() {
         refuse_resources(resources)?;
@@ -70,7 +75,13 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
     if linux.intel_rdt().is_some() {
         return Err(unsupported(
             "linux.intelRdt",
-            "a guest cannot partition the host's caches",
+            "a guest cannot partition the host's caches; remove it",
+        ));
+    }
+    if linux.memory_policy().is_some() {
+        return Err(unsupported(
+            "linux.memoryPolicy",
+            "nodes of the host mean nothing in a guest; remove it",
         ));
     }
     if linux
@@ -80,12 +91,13 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
     {
         return Err(unsupported(
             "linux.netDevices",
-            "moving host network devices into a guest is not done yet",
+            "network devices of the host cannot be moved into a guest; remove it",
         ));
     }
     Ok(Checked {
         rootfs: rootfs(spec, &loaded.bundle)?,
         terminal: process.terminal().unwrap_or(false),
+        cgroups_path: linux.cgroups_path().clone(),
     })
 }
 
@@ -162,15 +174,6 @@ fn namespaces(linux: &Linux) -> Result<(), SpecError> {
 }
 
 fn refuse_resources(resources: &LinuxResources) -> Result<(), SpecError> {
-    if let Some(limits) = resources.hugepage_limits() {
-        // A limit of nothing is kept as it is: no huge pages are given to a guest.
-        if let Some(index) = limits.iter().position(|limit| limit.limit() > 0) {
-            return Err(unsupported(
-                format!("linux.resources.hugepageLimits[{index}]"),
-                "guests have no huge pages",
-            ));
-        }
-    }
     if let Some(network) = resources.network() {
         let priorities = network
             .priorities()
@@ -179,7 +182,7 @@ fn refuse_resources(resources: &LinuxResources) -> Result<(), SpecError> {
         if network.class_id().is_some_and(|class| class != 0) || priorities {
             return Err(unsupported(
                 "linux.resources.network",
-                "guests have no network but loopback yet",
+                "it names the host's network devices, and guests have loopback only; remove it",
             ));
         }
     }
@@ -190,7 +193,7 @@ fn refuse_resources(resources: &LinuxResources) -> Result<(), SpecError> {
     {
         return Err(unsupported(
             "linux.resources.rdma",
-            "guests have no RDMA devices",
+            "guests have no RDMA devices; remove it",
         ));
     }
     Ok(())
@@ -307,10 +310,6 @@ mod tests {
         let cases = [
             (
                 json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}]}),
-                Some("hugepage"),
-            ),
-            (
-                json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}),
                 None,
             ),
             (

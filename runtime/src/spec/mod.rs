@@ -3,20 +3,32 @@
 //! judged by the agent, which gets the same bytes.
 
 pub mod check;
+mod json;
 
 use std::{
-    fs::{self, File},
-    io::{self, Read},
+    fs, io,
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{Process, Spec};
-use rustix::fs::{Mode, OFlags};
-use serde::de::DeserializeOwned;
+use clap::ValueEnum;
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+use serde::Deserialize;
 use thiserror::Error;
 
-/// What fits into one request to the agent, with room for the rest of it.
-const LONGEST: u64 = (4 << 20) - (64 << 10);
+/// Major and minor version of the runtime-spec that is implemented.
+pub const VERSION: (u32, u32) = (1, 2);
+
+/// What becomes of properties that the runtime-spec does not know
+/// (docs/decisions/0004-unknown-properties.md).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum UnknownProperties {
+    /// An error that names them.
+    #[default]
+    Refuse,
+    /// Ignored, with a warning.
+    Warn,
+}
 
 /// A configuration cannot be used.
 #[derive(Debug, Error)]
@@ -52,8 +64,11 @@ pub enum SpecError {
         /// What the parser says (its text is all there is to it).
         cause: String,
     },
-    /// Properties that the runtime-spec does not know, refused only because it was asked for.
-    #[error("{file}: unknown properties {}; leave --strict out to ignore them", .fields.join(", "))]
+    /// Properties that the runtime-spec does not know.
+    #[error(
+        "{file}: the runtime-spec knows no {}: remove {}, or pass --unknown-properties=warn",
+        .fields.join(", "), if .fields.len() == 1 { "it" } else { "them" }
+    )]
     Unknown {
         /// The file.
         file: PathBuf,
@@ -122,7 +137,7 @@ impl Loaded {
             return Err(bundle_error(io::ErrorKind::NotADirectory.into()));
         }
         let file = bundle.join("config.json");
-        let bytes = read_regular(&file).map_err(|source| match source.kind() {
+        let bytes = json::read_regular(&file).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => SpecError::Missing(file.clone()),
             _ => SpecError::Read {
                 path: file.clone(),
@@ -133,8 +148,22 @@ impl Loaded {
     }
 
     /// Parses what was read from `<bundle>/config.json`.
-    pub fn parse(bundle: PathBuf, bytes: Vec<u8>) -> Result<Self, SpecError> {
-        let (spec, unknown) = parse(&bundle.join("config.json"), &bytes)?;
+    pub fn parse(bundle: PathBuf, mut bytes: Vec<u8>) -> Result<Self, SpecError> {
+        let file = bundle.join("config.json");
+        let mut value = json::object(&file, &bytes)?;
+        if value.get_mut("process").is_some_and(json::complete_user) {
+            bytes = value.to_string().into_bytes();
+        }
+        let (spec, mut unknown) = json::typed(&file, &bytes)?;
+        json::check_shape(&file, &value, &spec)?;
+        // The library knows these here, the runtime-spec only below `linux` and `mounts`.
+        let misplaced = ["uidMappings", "gidMappings"];
+        unknown.extend(
+            misplaced
+                .into_iter()
+                .filter(|name| value.get(name).is_some())
+                .map(str::to_owned),
+        );
         Ok(Self {
             bundle,
             bytes,
@@ -143,102 +172,95 @@ impl Loaded {
         })
     }
 
-    /// runtime-spec, "Extensibility": unknown properties are ignored, with a warning; unless the
-    /// user wants none.
-    pub fn judge_unknown(&self, strict: bool) -> Result<(), SpecError> {
-        if self.unknown.is_empty() {
-            return Ok(());
-        }
-        let file = self.bundle.join("config.json");
-        if strict {
-            return Err(SpecError::Unknown {
-                file,
-                fields: self.unknown.clone(),
-            });
-        }
-        tracing::warn!(
-            "{}: unknown properties are ignored: {}",
-            file.display(),
-            self.unknown.join(", ")
-        );
-        Ok(())
+    /// Judges properties that the runtime-spec does not know.
+    pub fn judge_unknown(&self, rule: UnknownProperties) -> Result<(), SpecError> {
+        judge_unknown(
+            &self.bundle.join("config.json"),
+            &self.unknown,
+            self.spec.version(),
+            rule,
+        )
     }
 }
 
-/// Reads a `process` object from a file, as `exec --process` takes it.
-pub fn read_process(file: &Path) -> Result<(Vec<u8>, Process), SpecError> {
-    let bytes = read_regular(file).map_err(|source| SpecError::Read {
+/// runtime-spec, "Extensibility", says that unknown properties are ignored; why they are not,
+/// unless a newer version of it may know them, is told in
+/// docs/decisions/0004-unknown-properties.md.
+fn judge_unknown(
+    file: &Path,
+    fields: &[String],
+    version: &str,
+    rule: UnknownProperties,
+) -> Result<(), SpecError> {
+    if fields.is_empty() {
+        return Ok(());
+    }
+    if rule == UnknownProperties::Refuse && !is_newer(version) {
+        return Err(SpecError::Unknown {
+            file: file.to_owned(),
+            fields: fields.to_vec(),
+        });
+    }
+    tracing::warn!(
+        "{}: unknown properties are ignored: {}",
+        file.display(),
+        fields.join(", ")
+    );
+    Ok(())
+}
+
+/// Whether a configuration's version of the runtime-spec is newer than ours. Properties are added
+/// with minor versions.
+fn is_newer(version: &str) -> bool {
+    let mut numbers = version.split('.').map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) > VERSION,
+        _ => false,
+    }
+}
+
+/// Reads a `process` object from a file, as `exec --process` takes it, for a container whose
+/// configuration has this version.
+pub fn read_process(
+    file: &Path,
+    version: &str,
+    rule: UnknownProperties,
+) -> Result<(Vec<u8>, Process), SpecError> {
+    let mut bytes = json::read_regular(file).map_err(|source| SpecError::Read {
         path: file.to_owned(),
         source,
     })?;
-    let (process, unknown): (Process, _) = parse(file, &bytes)?;
-    if !unknown.is_empty() {
-        tracing::warn!(
-            "{}: unknown properties are ignored: {}",
-            file.display(),
-            unknown.join(", ")
-        );
+    let mut value = json::object(file, &bytes)?;
+    if json::complete_user(&mut value) {
+        bytes = value.to_string().into_bytes();
     }
+    let (process, unknown) = json::typed(file, &bytes)?;
+    json::check_shape(file, &value, &process)?;
+    judge_unknown(file, &unknown, version, rule)?;
     Ok((bytes, process))
 }
 
-/// Reads a file that someone else may have put there: a FIFO must not hold us up, nor may a device
-/// give without end.
-fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    file.take(LONGEST + 1).read_to_end(&mut bytes)?;
-    if u64::try_from(bytes.len()).is_ok_and(|length| length > LONGEST) {
-        return Err(io::Error::other(format!(
-            "it has more than {LONGEST} bytes"
-        )));
-    }
-    Ok(bytes)
-}
-
-fn parse<T: DeserializeOwned>(file: &Path, bytes: &[u8]) -> Result<(T, Vec<String>), SpecError> {
-    // The parser would take a list for an object's fields in order.
-    if bytes
-        .iter()
-        .find(|byte| !byte.is_ascii_whitespace())
-        .is_some_and(|byte| *byte != b'{')
-    {
-        return Err(SpecError::Parse {
-            file: file.to_owned(),
-            field: String::new(),
-            cause: "it is not a JSON object".to_owned(),
-        });
-    }
-    let mut unknown = Vec::new();
-    let mut note = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
-    let mut track = serde_path_to_error::Track::new();
-    let mut json = serde_json::Deserializer::from_slice(bytes);
-    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
-    let failed = |field: String, cause: serde_json::Error| SpecError::Parse {
-        file: file.to_owned(),
-        field,
-        cause: cause.to_string(),
+/// Reads a `linux.resources` object, as `update --resources` takes it: from a file, or from
+/// standard input for `-`.
+pub fn read_resources(
+    file: &Path,
+    version: &str,
+    rule: UnknownProperties,
+) -> Result<LinuxResources, SpecError> {
+    let read = if file == Path::new("-") {
+        json::read_bounded(io::stdin().lock())
+    } else {
+        json::read_regular(file)
     };
-    let value = match T::deserialize(serde_ignored::Deserializer::new(tracked, &mut note)) {
-        Ok(value) => value,
-        Err(cause) => {
-            let path = track.path().to_string();
-            return Err(failed(
-                if path == "." { String::new() } else { path },
-                cause,
-            ));
-        }
-    };
-    json.end().map_err(|cause| failed(String::new(), cause))?;
-    // A path element `?` stands for an optional value: it is not part of the field's name.
-    for path in &mut unknown {
-        *path = path.replace(".?", "");
-    }
-    Ok((value, unknown))
+    let bytes = read.map_err(|source| SpecError::Read {
+        path: file.to_owned(),
+        source,
+    })?;
+    let value = json::object(file, &bytes)?;
+    let (resources, unknown) = json::typed(file, &bytes)?;
+    json::check_shape(file, &value, &resources)?;
+    judge_unknown(file, &unknown, version, rule)?;
+    Ok(resources)
 }
 
 #[cfg(test)]
@@ -266,12 +288,64 @@ mod tests {
     }
 
     #[test]
-    fn unknown_properties_are_named() {
-        let loaded = load(r#"{"ociVersion":"1.0.0","x":1,"root":{"path":"r","y":{"z":2}}}"#);
-        let loaded = loaded.unwrap();
+    fn unknown_properties_are_refused_by_name() {
+        let text = r#"{"ociVersion":"1.0.0","x":1,"root":{"path":"r","y":{"z":2}}}"#;
+        let loaded = load(text).unwrap();
         assert_eq!(loaded.unknown, ["x", "root.y"]);
-        assert!(loaded.judge_unknown(false).is_ok());
-        let error = loaded.judge_unknown(true).unwrap_err().to_string();
-        assert!(error.contains("x, root.y"), "{error}");
+        assert!(loaded.judge_unknown(UnknownProperties::Warn).is_ok());
+        let error = loaded
+            .judge_unknown(UnknownProperties::Refuse)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("x, root.y: remove them, or pass --unknown-properties=warn"),
+            "{error}"
+        );
+        // A later version of the specification may know them.
+        for (version, refused) in [
+            ("1.2.1", true),
+            ("1.2.0-rc.1", true),
+            ("1.3.0", false),
+            ("2.0.0", false),
+            ("", true),
+        ] {
+            let loaded = load(&text.replace("1.0.0", version)).unwrap();
+            let judged = loaded.judge_unknown(UnknownProperties::Refuse);
+            assert_eq!(judged.is_err(), refused, "{version}");
+        }
+        let loaded = load(r#"{"ociVersion":"1.0.0","uidMappings":[]}"#).unwrap();
+        assert_eq!(loaded.unknown, ["uidMappings"]);
+    }
+
+    #[test]
+    fn a_process_without_a_user_is_roots() {
+        for user in ["", r#","user":null"#] {
+            let text = format!(r#"{{"ociVersion":"1.0.0","process":{{"cwd":"/"{user}}}}}"#);
+            let loaded = load(&text).unwrap();
+            assert_eq!(loaded.spec.process().as_ref().unwrap().user().uid(), 0);
+            // The agent gets the same.
+            let sent: serde_json::Value = serde_json::from_slice(&loaded.bytes).unwrap();
+            assert_eq!(sent["process"]["user"]["gid"], 0);
+        }
+        let text = r#"{"ociVersion":"1.0.0","process":{"cwd":"/","user":{"uid":1,"gid":2}}}"#;
+        assert_eq!(load(text).unwrap().bytes, text.as_bytes());
+    }
+
+    #[test]
+    fn a_list_in_place_of_an_object_is_refused_by_name() {
+        for (text, field) in [
+            (
+                r#"{"ociVersion":"1.0.0","process":{"cwd":"/","user":[0,0]}}"#,
+                "process.user",
+            ),
+            (r#"{"ociVersion":"1.0.0","root":["r",true]}"#, "root"),
+            (
+                r#"{"ociVersion":"1.0.0","linux":{"namespaces":[["pid"]]}}"#,
+                "linux.namespaces[0]",
+            ),
+        ] {
+            let error = load(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("{field}: ")), "{error}");
+        }
     }
 }

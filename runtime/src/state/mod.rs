@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! <root>/<id>/state.json    the record; replaced by rename, so it is never half written
-//!             config.json   the bundle's configuration as it was at `create`
+//!             config.json   the bundle's configuration as it was at `create`, with the resources
+//!                           of the last `update`
 //!             sockets/      the VM's vsock sockets
 //!             vmm.log       what the VMM wrote to its standard error; locked while it lives
 //!             monitor.lock  locked by a monitor whose pid is not recorded yet
@@ -45,6 +46,7 @@ pub const VMM_LOG: &str = "vmm.log";
 pub const MONITOR_LOCK: &str = "monitor.lock";
 const RECORD: &str = "state.json";
 const NEW_RECORD: &str = "state.json.new";
+const NEW_CONFIG: &str = "config.json.new";
 
 /// A container's state could not be read or written.
 #[derive(Debug, Error)]
@@ -341,6 +343,16 @@ impl Locked<'_> {
         rustix::fs::renameat(directory, NEW_RECORD, directory, RECORD)
             .and_then(|()| rustix::fs::fsync(directory))
             .map_err(|error| io_error("replace", path())(error.into()))
+    }
+
+    /// Replaces the configuration: what holds now is no longer what the bundle said.
+    pub fn write_config(&self, bytes: &[u8]) -> Result<(), StateError> {
+        let container = self.container;
+        container.write(NEW_CONFIG, bytes)?;
+        let directory = &container.directory;
+        rustix::fs::renameat(directory, NEW_CONFIG, directory, CONFIG)
+            .and_then(|()| rustix::fs::fsync(directory))
+            .map_err(|error| io_error("replace", container.path.join(CONFIG))(error.into()))
     }
 
     /// Removes the directory. The record goes last, so that a removal that was cut short can be

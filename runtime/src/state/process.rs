@@ -44,7 +44,8 @@ impl ProcessIdentity {
         };
         let descriptor = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
             Ok(descriptor) => descriptor,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            // EINVAL: the number is still a session's or group's, the process is gone.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // Opened first and compared then: whatever the pid means after this, the descriptor means
@@ -145,6 +146,22 @@ mod tests {
             }
             .is_alive()
         );
+    }
+
+    #[test]
+    fn a_dead_leader_of_a_session_that_lives_is_dead() {
+        // What stays behind has the leader's number as its session's, and ends with its input.
+        let script = "exec 3<&0; cat <&3 >/dev/null & exit 0";
+        let mut leader = std::process::Command::new("setsid")
+            .args(["sh", "-c", script])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let input = leader.stdin.take();
+        let identity = ProcessIdentity::of(leader.id()).unwrap();
+        leader.wait().unwrap();
+        assert!(identity.open().unwrap().is_none());
+        drop(input);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{ContainerStatus, Event, ProcessIdentity};
+use crate::guest_size::GuestSize;
 
 /// The record of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +40,10 @@ pub struct Record {
     pub vmm: Option<ProcessIdentity>,
     /// Host cgroup directories that belong to the container alone, deepest first.
     pub cgroups: Vec<PathBuf>,
+    /// The container's own among them, one a hierarchy.
+    pub cgroup: Vec<PathBuf>,
+    /// The size that its guest was made with.
+    pub guest: GuestSize,
     /// How the container's process ended, once it has.
     pub exit_status: Option<i32>,
 }
@@ -77,6 +82,8 @@ impl Record {
             monitor: None,
             vmm: None,
             cgroups: Vec::new(),
+            cgroup: Vec::new(),
+            guest: GuestSize::default(),
             exit_status: None,
         }
     }

@@ -10,9 +10,9 @@ use crate::runtime::Runtime;
 use crate::scene::{Created, Scene, read_pid, skip};
 
 super::cases!(exec;
-    common: codes_and_streams, process_options, process_file, detached, many_at_once, not_found,
+    common: codes_and_streams, process_options, privileges, process_file, detached, many_at_once, not_found,
         ends_with_container;
-    vm: );
+    vm: refused_options);
 
 fn idle(scene: &Scene) -> Result<Created> {
     let mut container = scene.start(&scene.bundle()?.shell("echo up; sleep 1000"))?;
@@ -70,6 +70,74 @@ fn process_options(scene: &Scene) -> Result<()> {
         text.contains("/tmp\nred\ntested\nsame processes\n"),
         "cwd, env, namespaces: {text}"
     );
+    scene.destroy(&container.id)
+}
+
+fn privileges(scene: &Scene) -> Result<()> {
+    let container = scene.start(&scene.bundle()?.shell("sleep 1000").with(|spec| {
+        spec["process"]["noNewPrivileges"] = json!(false);
+    }))?;
+    let show = "grep -E 'CapBnd|CapEff|NoNewPrivs' /proc/self/status";
+    let exec = |options: &[&str]| -> Result<String> {
+        let mut args = vec!["exec"];
+        args.extend(options);
+        args.extend([container.id.as_str(), "/bin/sh", "-c", show]);
+        Ok(scene.call(&args)?.ok()?.text())
+    };
+    // AUDIT_WRITE 29, KILL 5, NET_BIND_SERVICE 10; CHOWN 0.
+    let usual = exec(&[])?;
+    ensure!(
+        usual.contains("CapEff:\t0000000020000420") && usual.contains("NoNewPrivs:\t0"),
+        "{usual}"
+    );
+    let more = exec(&["--cap", "CAP_CHOWN", "--no-new-privs"])?;
+    ensure!(
+        more.contains("CapBnd:\t0000000020000421")
+            && more.contains("CapEff:\t0000000020000421")
+            && more.contains("NoNewPrivs:\t1"),
+        "{more}"
+    );
+    if scene.runtime != Runtime::Crun {
+        let args = [
+            "exec",
+            "-g",
+            "2002",
+            "-g",
+            "2003",
+            &container.id,
+            "/bin/id",
+            "-G",
+        ];
+        scene.call(&args)?.ok()?.says(&["2002 2003"])?;
+    }
+    scene.destroy(&container.id)
+}
+
+/// What cannot be done in a guest is refused by name.
+fn refused_options(scene: &Scene) -> Result<()> {
+    let container = idle(scene)?;
+    for options in [
+        ["--preserve-fds", "1"],
+        ["--apparmor", "profile"],
+        ["--process-label", "label"],
+        ["--cgroup", "below"],
+        ["--user", "root"],
+    ] {
+        let mut args = vec!["exec"];
+        args.extend(options);
+        args.extend([container.id.as_str(), "/bin/true"]);
+        let errors = scene.call(&args)?.fails()?;
+        ensure!(errors.contains(options[0]), "{options:?}: {errors}");
+    }
+    let args = ["exec", "--apparmor", "", &container.id, "/bin/true"];
+    scene.call(&args)?.ok()?;
+    scene.call(&["pause", &container.id])?.ok()?;
+    scene.call(&["exec", &container.id, "/bin/true"])?.fails()?;
+    let script = ["exec", "--ignore-paused", "-d", &container.id, "/bin/true"];
+    let mut process = Process::spawn(scene.command(&script))?;
+    process.close_stdin();
+    scene.call(&["resume", &container.id])?.ok()?;
+    ensure!(process.wait()?.success(), "{}", process.stderr());
     scene.destroy(&container.id)
 }
 

@@ -11,9 +11,9 @@ use crate::scene::{Scene, read_pid};
 
 super::cases!(lifecycle;
     common: create_start_delete, run_exit_code, run_detached, kill_term, kill_created,
-        delete_force, pause_resume, list_and_ps, bundle_is_current_directory, long_names,
+        delete_force, pause_resume, list_and_ps, options_after_the_id, without_a_user, bundle_is_current_directory, long_names,
         many_at_once, spec_is_runnable;
-    vm: );
+    vm: ps_columns);
 
 fn create_start_delete(scene: &Scene) -> Result<()> {
     let bundle = scene.bundle()?.shell("echo ran; exit 5").with(|spec| {
@@ -249,6 +249,58 @@ fn long_names(scene: &Scene) -> Result<()> {
     let left = crate::leftovers::entries(&deep);
     ensure!(left.is_empty(), "left in the state directory: {left:?}");
     Ok(())
+}
+
+fn options_after_the_id(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("sleep 1000");
+    bundle.write()?;
+    let (id, pid_file) = (scene.id(), scene.path("late.pid"));
+    let mut command = scene.command(&["create", &id, "--bundle"]);
+    command.arg(&bundle.path).arg("--pid-file").arg(&pid_file);
+    let mut created = Process::spawn(command)?;
+    ensure!(created.wait()?.success(), "create: {}", created.stderr());
+    let process = Other::open(read_pid(&pid_file)?)?;
+    scene.call(&["start", &id])?.ok()?;
+    scene.call(&["kill", &id, "KILL", "--all"])?.ok()?;
+    process.wait()?;
+    scene.call(&["delete", &id, "--force"])?.ok()?;
+    scene.expect_nothing_left()
+}
+
+/// As for runc, whoever names no user is root.
+fn without_a_user(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("id -u; id -g").with(|spec| {
+        if let Some(process) = spec["process"].as_object_mut() {
+            process.remove("user");
+        }
+    });
+    let output = scene.run(&bundle)?.ok()?;
+    ensure!(output.text() == "0\n0\n", "{output}");
+    Ok(())
+}
+
+/// Options of ps(1) choose the columns.
+fn ps_columns(scene: &Scene) -> Result<()> {
+    let mut container = scene.start(&scene.bundle()?.shell("echo up; sleep 1000"))?;
+    container.streams.wait_for("up\n")?;
+    let text = scene
+        .call(&["ps", &container.id, "-eo", "pid,cmd=COMMAND"])?
+        .ok()?
+        .text();
+    let mut lines = text.lines();
+    ensure!(
+        lines
+            .next()
+            .is_some_and(|line| line.split_whitespace().eq(["PID", "COMMAND"])),
+        "{text}"
+    );
+    ensure!(
+        lines.any(|line| line.ends_with("sleep 1000") && line.split_whitespace().count() == 3),
+        "{text}"
+    );
+    let errors = scene.call(&["ps", &container.id, "aux"])?.fails()?;
+    ensure!(errors.contains("aux"), "{errors}");
+    scene.destroy(&container.id)
 }
 
 fn many_at_once(scene: &Scene) -> Result<()> {

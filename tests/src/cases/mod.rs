@@ -3,8 +3,11 @@
 
 mod bad_input;
 mod broken_host;
+mod config;
 mod crash;
+mod events;
 mod exec;
+mod hooks;
 mod host;
 mod isolation;
 mod lifecycle;
@@ -17,6 +20,7 @@ mod signals;
 mod states;
 mod stdio;
 mod tty;
+mod update;
 mod vm;
 mod volumes;
 
@@ -48,6 +52,10 @@ pub(crate) fn all() -> Vec<Case> {
         stdio::cases(),
         tty::cases(),
         exec::cases(),
+        update::cases(),
+        events::cases(),
+        hooks::cases(),
+        config::cases(),
         signals::cases(),
         limits::cases(),
         isolation::cases(),

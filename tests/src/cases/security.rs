@@ -1,6 +1,7 @@
 //! Capabilities, seccomp, no_new_privs, masked and read-only paths, devices.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use crate::scene::Scene;
 
 super::cases!(security;
     common: capability_sets, capabilities_effective, seccomp, no_new_privileges, paths,
-        read_only_root, default_devices, devices;
+        read_only_root, default_devices, devices, setuid;
     vm: );
 
 fn capability_sets(scene: &Scene) -> Result<()> {
@@ -239,5 +240,26 @@ fn devices(scene: &Scene) -> Result<()> {
         "/dev/mem: {output}"
     );
     output.says(&["1\n1:5 640 7:8\n1\n"])?;
+    Ok(())
+}
+
+/// A program of the root file system with the setuid bit gives its owner's rights, unless
+/// no_new_privs is set.
+fn setuid(scene: &Scene) -> Result<()> {
+    for (no_new_privileges, uid) in [(false, "0\n"), (true, "1000\n")] {
+        let bundle = scene
+            .bundle()?
+            .args(&["/bin/who-am-i", crate::runner::EFFECTIVE_USER])
+            .with(|spec| {
+                spec["process"]["user"] = json!({ "uid": 1000, "gid": 1001 });
+                spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+            });
+        // This program is static, and busybox lets go of such rights.
+        let program = bundle.rootfs().join("bin/who-am-i");
+        fs::copy("/proc/self/exe", &program)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o4755))?;
+        let output = scene.run(&bundle)?.ok()?;
+        ensure!(output.text() == uid, "{no_new_privileges}: {output}");
+    }
     Ok(())
 }

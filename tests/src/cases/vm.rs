@@ -12,7 +12,8 @@ use crate::scene::{Created, Scene, skip};
 
 super::cases!(vm;
     common: ;
-    vm: own_kernel, guest_size, jailed, host_cgroup, clock, timeline, guest_log, check, several_cpus);
+    vm: own_kernel, guest_size, jailed, host_cgroup, clock, timeline, guest_log, check, several_cpus,
+        console);
 
 /// The VMM's process.
 pub(super) fn vmm() -> Result<i32> {
@@ -247,4 +248,29 @@ fn check(scene: &Scene) -> Result<()> {
         "{output}"
     );
     scene.expect_nothing_left()
+}
+
+/// `--guest-debug` boots an image with a shell, which `console` opens in the guest itself.
+fn console(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("echo up; sleep 1000");
+    bundle.write()?;
+    let id = scene.id();
+    let mut command = scene.command(&["run", "--guest-debug", "--bundle"]);
+    command.arg(&bundle.path).arg(&id);
+    let mut running = crate::process::Process::spawn(command)?;
+    running.wait_for("up\n")?;
+    let mut shell = crate::process::Process::spawn(scene.command(&["console", &id]))?;
+    shell.send(b"cat /proc/1/comm; hostname; exit 7\n")?;
+    let output = shell.finish()?.expect(7)?;
+    ensure!(
+        output.text().contains("bulkhead-agent") || output.text().contains("init"),
+        "process 1 of the guest: {output}"
+    );
+    scene.call(&["kill", &id, "KILL"])?.ok()?;
+    running.finish()?.expect(137)?;
+    // The ordinary image has none, and the error says what to do.
+    let container = idle(scene, |_| ())?;
+    let errors = scene.call(&["console", &container.id])?.fails()?;
+    ensure!(errors.contains("--guest-debug"), "{errors}");
+    scene.destroy(&container.id)
 }

@@ -11,7 +11,7 @@ use crate::scene::Scene;
 
 super::cases!(volumes;
     common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
-        rootfs_is_written;
+        rootfs_is_written, propagation;
     vm: );
 
 fn read_write(scene: &Scene) -> Result<()> {
@@ -215,5 +215,45 @@ fn rootfs_is_written(scene: &Scene) -> Result<()> {
         !bundle.rootfs().join("etc/group").exists(),
         "what was removed"
     );
+    Ok(())
+}
+
+/// What propagates is marked in the container's mount table (proc_pid_mountinfo(5), "optional
+/// fields").
+fn propagation(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    let show = "cat /proc/self/mountinfo";
+    let bundle = scene
+        .bundle()?
+        .shell(show)
+        .bind(&data, "/private", &["rbind", "rprivate"])
+        .bind(&data, "/shared", &["rbind", "rshared"])
+        .bind(&data, "/plain", &["rbind"]);
+    let text = scene.run(&bundle)?.ok()?.text();
+    let line = |text: &str, place: &str| {
+        let line = text
+            .lines()
+            .find(|line| line.split(' ').nth(4) == Some(place));
+        line.unwrap_or_default().to_owned()
+    };
+    ensure!(line(&text, "/shared").contains(" shared:"), "{text}");
+    for place in ["/private", "/plain", "/"] {
+        let line = line(&text, place);
+        ensure!(
+            !line.is_empty() && !line.contains(" shared:"),
+            "{place}: {text}"
+        );
+    }
+    for (name, shared) in [("shared", true), ("private", false), ("slave", false)] {
+        let bundle = scene.bundle()?.shell(show).with(|spec| {
+            spec["linux"]["rootfsPropagation"] = json!(name);
+        });
+        let text = scene.run(&bundle)?.ok()?.text();
+        ensure!(
+            line(&text, "/").contains(" shared:") == shared,
+            "{name}: {text}"
+        );
+    }
     Ok(())
 }
