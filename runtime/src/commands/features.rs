@@ -75,7 +75,7 @@ pub(super) fn features() -> Result<u8, Error> {
             "intelRdt": {"enabled": false},
             "netDevices": {"enabled": false},
             "memoryPolicy": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
         },
         "annotations": {"org.bulkhead.version": env!("CARGO_PKG_VERSION")},
     });

@@ -407,6 +407,7 @@ impl Launch<'_, '_> {
             })
             .into(),
             no_new_keyring: order.no_new_keyring,
+            bundle: order.bundle.to_string_lossy().into_owned(),
             ..Default::default()
         };
         let _: CreateContainerResponse = self.call(&mut rpc, "CreateContainer", &request)?;

@@ -3,13 +3,14 @@
 //! judged by the agent, which gets the same bytes.
 
 pub mod check;
-mod json;
+mod file;
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
+use bulkhead_agent_protocol::oci::{self, ReadError};
 use clap::ValueEnum;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use serde::Deserialize;
@@ -123,6 +124,8 @@ pub struct Loaded {
     pub spec: Spec,
     /// Paths of properties that the runtime-spec does not know.
     pub unknown: Vec<String>,
+    /// Names of capabilities that nobody knows, which count for nothing.
+    pub unknown_capabilities: Vec<String>,
 }
 
 impl Loaded {
@@ -137,7 +140,7 @@ impl Loaded {
             return Err(bundle_error(io::ErrorKind::NotADirectory.into()));
         }
         let file = bundle.join("config.json");
-        let bytes = json::read_regular(&file).map_err(|source| match source.kind() {
+        let bytes = file::read_regular(&file).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => SpecError::Missing(file.clone()),
             _ => SpecError::Read {
                 path: file.clone(),
@@ -148,38 +151,49 @@ impl Loaded {
     }
 
     /// Parses what was read from `<bundle>/config.json`.
-    pub fn parse(bundle: PathBuf, mut bytes: Vec<u8>) -> Result<Self, SpecError> {
+    pub fn parse(bundle: PathBuf, bytes: Vec<u8>) -> Result<Self, SpecError> {
         let file = bundle.join("config.json");
-        let mut value = json::object(&file, &bytes)?;
-        if value.get_mut("process").is_some_and(json::complete_user) {
-            bytes = value.to_string().into_bytes();
-        }
-        let (spec, mut unknown) = json::typed(&file, &bytes)?;
-        json::check_shape(&file, &value, &spec)?;
+        let mut read = oci::spec(&bytes).map_err(|error| malformed(&file, error))?;
         // The library knows these here, the runtime-spec only below `linux` and `mounts`.
-        let misplaced = ["uidMappings", "gidMappings"];
-        unknown.extend(
-            misplaced
-                .into_iter()
-                .filter(|name| value.get(name).is_some())
-                .map(str::to_owned),
-        );
+        #[allow(deprecated)]
+        let misplaced = [
+            ("uidMappings", read.value.uid_mappings().is_some()),
+            ("gidMappings", read.value.gid_mappings().is_some()),
+        ];
+        let misplaced = misplaced.into_iter().filter(|(_, given)| *given);
+        read.unknown
+            .extend(misplaced.map(|(name, _)| name.to_owned()));
         Ok(Self {
             bundle,
             bytes,
-            spec,
-            unknown,
+            spec: read.value,
+            unknown: read.unknown,
+            unknown_capabilities: read.unknown_capabilities,
         })
     }
 
     /// Judges properties that the runtime-spec does not know.
     pub fn judge_unknown(&self, rule: UnknownProperties) -> Result<(), SpecError> {
-        judge_unknown(
-            &self.bundle.join("config.json"),
-            &self.unknown,
-            self.spec.version(),
-            rule,
-        )
+        let file = self.bundle.join("config.json");
+        judge_unknown(&file, &self.unknown, self.spec.version(), rule)?;
+        warn_of_capabilities(&file, &self.unknown_capabilities);
+        Ok(())
+    }
+}
+
+fn malformed(file: &Path, error: ReadError) -> SpecError {
+    SpecError::Parse {
+        file: file.to_owned(),
+        field: error.field,
+        cause: error.cause.to_string(),
+    }
+}
+
+/// runtime-spec, config "Linux Process": capabilities that cannot be mapped are warned of.
+fn warn_of_capabilities(file: &Path, names: &[String]) {
+    if !names.is_empty() {
+        let (file, names) = (file.display(), names.join(", "));
+        tracing::warn!("{file}: unknown capabilities are left out: {names}");
     }
 }
 
@@ -226,18 +240,14 @@ pub fn read_process(
     version: &str,
     rule: UnknownProperties,
 ) -> Result<(Vec<u8>, Process), SpecError> {
-    let mut bytes = json::read_regular(file).map_err(|source| SpecError::Read {
+    let bytes = file::read_regular(file).map_err(|source| SpecError::Read {
         path: file.to_owned(),
         source,
     })?;
-    let mut value = json::object(file, &bytes)?;
-    if json::complete_user(&mut value) {
-        bytes = value.to_string().into_bytes();
-    }
-    let (process, unknown) = json::typed(file, &bytes)?;
-    json::check_shape(file, &value, &process)?;
-    judge_unknown(file, &unknown, version, rule)?;
-    Ok((bytes, process))
+    let read = oci::process(&bytes).map_err(|error| malformed(file, error))?;
+    judge_unknown(file, &read.unknown, version, rule)?;
+    warn_of_capabilities(file, &read.unknown_capabilities);
+    Ok((bytes, read.value))
 }
 
 /// Reads a `linux.resources` object, as `update --resources` takes it: from a file, or from
@@ -248,19 +258,17 @@ pub fn read_resources(
     rule: UnknownProperties,
 ) -> Result<LinuxResources, SpecError> {
     let read = if file == Path::new("-") {
-        json::read_bounded(io::stdin().lock())
+        file::read_bounded(io::stdin().lock())
     } else {
-        json::read_regular(file)
+        file::read_regular(file)
     };
     let bytes = read.map_err(|source| SpecError::Read {
         path: file.to_owned(),
         source,
     })?;
-    let value = json::object(file, &bytes)?;
-    let (resources, unknown) = json::typed(file, &bytes)?;
-    json::check_shape(file, &value, &resources)?;
-    judge_unknown(file, &unknown, version, rule)?;
-    Ok(resources)
+    let read = oci::resources(&bytes).map_err(|error| malformed(file, error))?;
+    judge_unknown(file, &read.unknown, version, rule)?;
+    Ok(read.value)
 }
 
 #[cfg(test)]
@@ -291,14 +299,14 @@ mod tests {
     fn unknown_properties_are_refused_by_name() {
         let text = r#"{"ociVersion":"1.0.0","x":1,"root":{"path":"r","y":{"z":2}}}"#;
         let loaded = load(text).unwrap();
-        assert_eq!(loaded.unknown, ["x", "root.y"]);
+        assert_eq!(loaded.unknown, ["root.y", "x"]);
         assert!(loaded.judge_unknown(UnknownProperties::Warn).is_ok());
         let error = loaded
             .judge_unknown(UnknownProperties::Refuse)
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains("x, root.y: remove them, or pass --unknown-properties=warn"),
+            error.contains("root.y, x: remove them, or pass --unknown-properties=warn"),
             "{error}"
         );
         // A later version of the specification may know them.
@@ -323,12 +331,16 @@ mod tests {
             let text = format!(r#"{{"ociVersion":"1.0.0","process":{{"cwd":"/"{user}}}}}"#);
             let loaded = load(&text).unwrap();
             assert_eq!(loaded.spec.process().as_ref().unwrap().user().uid(), 0);
-            // The agent gets the same.
-            let sent: serde_json::Value = serde_json::from_slice(&loaded.bytes).unwrap();
-            assert_eq!(sent["process"]["user"]["gid"], 0);
         }
-        let text = r#"{"ociVersion":"1.0.0","process":{"cwd":"/","user":{"uid":1,"gid":2}}}"#;
-        assert_eq!(load(text).unwrap().bytes, text.as_bytes());
+    }
+
+    #[test]
+    fn capabilities_that_nobody_knows_count_for_nothing() {
+        let text = r#"{"ociVersion":"1.0.0","process":{"cwd":"/",
+            "capabilities":{"bounding":["CAP_KILL","CAP_TELEPORT"]}}}"#;
+        let loaded = load(text).unwrap();
+        assert_eq!(loaded.unknown_capabilities, ["CAP_TELEPORT"]);
+        assert!(loaded.judge_unknown(UnknownProperties::Refuse).is_ok());
     }
 
     #[test]

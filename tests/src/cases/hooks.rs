@@ -187,7 +187,8 @@ fn failing_after_start(scene: &Scene) -> Result<()> {
             .cloned(),
     );
     bundle.spec["hooks"]["poststop"] = json!(hooks);
-    let output = scene.run(&bundle)?.ok()?;
+    let container = scene.create(&bundle)?;
+    let output = scene.call(&["delete", &container.id])?.ok()?;
     ensure!(output.errors().contains("hooks.poststop[0]"), "{output}");
     ensure!(crate::bundle::read(&scene.path("hooks.log"))?.contains("\"stopped\""));
     Ok(())
