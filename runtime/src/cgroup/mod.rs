@@ -1,6 +1,6 @@
 //! The host's cgroup of a container: the VM's process sits in it, so that the host's limits and
-//! accounting hold for everything that the guest does. Where it lies is in [`place`], what is
-//! written into it in [`limits`]; here it is made, filled, changed and removed.
+//! accounting hold for everything that the guest does. Where it lies is in `place.rs`, what is
+//! written into it in `limits.rs`; here it is made, filled, changed and removed.
 
 mod limits;
 mod place;
