@@ -8,7 +8,7 @@ use std::{
 
 use bulkhead_agent::{container::CGROUP_MOUNT_POINT, guest, sandbox::Sandbox, service};
 use rustix::{
-    mount::{MountFlags, UnmountFlags, mount, unmount},
+    mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount, unmount},
     thread::{UnshareFlags, unshare_unsafe},
 };
 
@@ -23,6 +23,10 @@ pub(crate) fn run(directory: &Path) -> ! {
     )
     .expect("proc");
     enter_cgroup(directory);
+    // As in a guest, the share has no flags, whatever the directory's filesystem has.
+    let share = directory.join("share");
+    mount_bind(&share, &share).expect("bound");
+    mount_remount(&share, MountFlags::BIND, "").expect("remounted");
     let listen = |name: &str| {
         let listener = UnixListener::bind(directory.join(name)).expect("bound");
         listener.set_nonblocking(true).expect("set");
