@@ -29,13 +29,16 @@ use anyhow::Result;
 use crate::runtime::Runtime;
 use crate::scene::Scene;
 
+/// What a test does.
+type Run = Box<dyn Fn(&Scene) -> Result<()>>;
+
 /// One test.
 pub(crate) struct Case {
     /// `subject::what`.
     pub(crate) name: String,
     /// Whether it is about Bulkhead alone.
     vm: bool,
-    pub(crate) run: fn(&Scene) -> Result<()>,
+    pub(crate) run: Run,
 }
 
 impl Case {
@@ -82,10 +85,12 @@ macro_rules! cases {
             let subject = stringify!($subject);
             vec![
                 $(crate::cases::Case {
-                    name: format!("{subject}::{}", stringify!($common)), vm: false, run: $common,
+                    name: format!("{subject}::{}", stringify!($common)), vm: false,
+                    run: Box::new($common),
                 },)*
                 $(crate::cases::Case {
-                    name: format!("{subject}::{}", stringify!($vm)), vm: true, run: $vm,
+                    name: format!("{subject}::{}", stringify!($vm)), vm: true,
+                    run: Box::new($vm),
                 },)*
             ]
         }
