@@ -65,6 +65,7 @@ const CASES: &[Case] = &[
     ("propagation of the root", &[], mounts::propagation),
     ("attributes of mounts", &[], mounts::attributes),
     ("states", &[], states),
+    ("device rules change", &[], limits::device_rules),
     (
         "limits are set and changed",
         &["cpu", "memory", "pids", "hugetlb"],

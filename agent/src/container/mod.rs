@@ -310,8 +310,8 @@ impl Container {
         }
         let resources = plan::read("linux.resources", oci::resources(resources))?;
         let settings = resources::settings(&resources, &self.cgroup.present())?;
-        let rules = resources.devices().as_deref().map(device_filter::rules);
-        let rules = rules.transpose()?;
+        let rules = resources.devices().as_deref().filter(|r| !r.is_empty());
+        let rules = rules.map(device_filter::rules).transpose()?;
         self.cgroup.change(&settings)?;
         // Last, as it has no former state to be put back.
         rules.map_or(Ok(()), |rules| self.cgroup.filter_devices(&rules))

@@ -84,6 +84,32 @@ pub(crate) fn set_and_changed(fixture: &Fixture) {
     assert_eq!(code, "OUT_OF_RANGE");
 }
 
+pub(crate) fn device_rules(fixture: &Fixture) {
+    let mut spec = spec(&["sleep", "1000"]);
+    spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
+    support::add_mount(&mut spec, json!({"destination": "/tmp", "type": "tmpfs"}));
+    let container = fixture.start("rules", &spec, Stdio::new());
+    // No driver has this number: once it is allowed, the kernel says so.
+    let script = "mknod /tmp/own c 240 77 2>/dev/null; head -c 1 /tmp/own";
+    let opened = || container.exec("open", &["sh", "-c", script], b"").stderr;
+    let (denied, allowed) = ("Operation not permitted", "No such device or address");
+    assert!(opened().contains(denied), "{}", opened());
+    let update = |rules| container.update(&json!({"devices": rules}));
+    let all = json!({"allow": true, "type": "c", "major": 240, "minor": 77, "access": "r"});
+    update(json!([all])).expect("updated");
+    assert!(opened().contains(allowed), "{}", opened());
+    update(json!([])).expect("updated");
+    assert!(opened().contains(allowed), "no rules leave the rules");
+    update(json!([{"allow": false, "access": "rwm"}])).expect("updated");
+    assert!(opened().contains(denied), "{}", opened());
+    let (_, message) = update(json!([{"allow": true, "access": "x"}])).expect_err("refused");
+    assert!(
+        message.contains("linux.resources.devices[0].access"),
+        "{message}"
+    );
+    container.remove_by_force();
+}
+
 pub(crate) fn out_of_memory(fixture: &Fixture) {
     let script = "while true; do sh -c 'x=0123456789abcdef; while true; do x=$x$x; done'; \
         read line; done";
