@@ -7,7 +7,7 @@ use super::{CALL_LIMIT, Context, Error};
 use crate::{
     agent::{self, AgentError},
     cli::Id,
-    hooks, lifecycle,
+    hooks,
     monitor::LaunchError,
     spec::Loaded,
     state::{Container, ContainerStatus, Event, StateError},
@@ -62,7 +62,7 @@ pub(super) fn record_started(
     Ok(())
 }
 
-/// runtime-spec, "Lifecycle" 9; a container whose hook fails is ended.
+/// runtime-spec 1.2, "Lifecycle" 9: a hook that fails is a warning, and everything goes on.
 pub(super) fn poststart(container: &Container, spec: &Spec) -> Result<(), Error> {
     let Some(list) = spec
         .hooks()
@@ -77,11 +77,7 @@ pub(super) fn poststart(container: &Container, spec: &Spec) -> Result<(), Error>
         Err(StateError::Incomplete(_)) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    hooks::run("poststart", Some(list), &view, None).inspect_err(|_| {
-        if let Err(error) = lifecycle::destroy(container) {
-            tracing::error!("cannot clean up: {}", crate::error::chain(&error));
-        }
-    })?;
+    hooks::run_all("poststart", Some(list), &view);
     Ok(())
 }
 

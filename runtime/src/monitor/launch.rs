@@ -37,7 +37,7 @@ use crate::{
     hooks::{self, HookError},
     share::{self, Share},
     spec::{Loaded, SpecError, check::Checked},
-    state::{Container, Event, ProcessIdentity, SOCKETS, StateError, VMM_LOG},
+    state::{Container, ContainerStatus, Event, ProcessIdentity, SOCKETS, StateError, VMM_LOG},
     stdio::{Relay, Signals},
     timeline::{Moment, Timeline},
     vm::{Vm, VmError},
@@ -339,8 +339,10 @@ impl Launch<'_, '_> {
             return Ok(());
         };
         let mut view = self.container.record()?.view();
-        view.status = crate::state::ContainerStatus::Creating;
+        // What they were made for (config "Prestart") comes between `create` and `start`.
+        view.status = ContainerStatus::Created;
         hooks::run("prestart", hooks::prestart(hooks), &view, None)?;
+        view.status = ContainerStatus::Creating;
         let list = hooks.create_runtime().as_deref();
         hooks::run("createRuntime", list, &view, None)?;
         Ok(())
@@ -363,7 +365,7 @@ impl Launch<'_, '_> {
             None => None,
         };
         let mut view = record.view();
-        view.status = crate::state::ContainerStatus::Creating;
+        view.status = ContainerStatus::Creating;
         let namespaces = vmm.as_ref().map(AsFd::as_fd);
         Ok(hooks::run(
             "createContainer",

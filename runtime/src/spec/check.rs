@@ -173,7 +173,45 @@ fn namespaces(linux: &Linux) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// The sizes of huge pages that a kernel has, as cgroup files name them: "2MB".
+fn huge_page_sizes(directory: &Path) -> Vec<String> {
+    let names = fs::read_dir(directory).into_iter().flatten().flatten();
+    names
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let kib: u64 = name
+                .strip_prefix("hugepages-")?
+                .strip_suffix("kB")?
+                .parse()
+                .ok()?;
+            Some(match kib {
+                0..1024 => format!("{kib}KB"),
+                1024..1_048_576 => format!("{}MB", kib >> 10),
+                _ => format!("{}GB", kib >> 20),
+            })
+        })
+        .collect()
+}
+
 fn refuse_resources(resources: &LinuxResources) -> Result<(), SpecError> {
+    // Guests use no huge pages, so any limit holds; but it must be one of something that exists.
+    for (index, pages) in resources.hugepage_limits().iter().flatten().enumerate() {
+        let known = huge_page_sizes(Path::new("/sys/kernel/mm/hugepages"));
+        if !known.contains(pages.page_size()) {
+            return Err(invalid(
+                format!("linux.resources.hugepageLimits[{index}].pageSize"),
+                format!(
+                    "{:?} is no size of huge pages on this host, which has {}",
+                    pages.page_size(),
+                    if known.is_empty() {
+                        "none".to_owned()
+                    } else {
+                        known.join(", ")
+                    }
+                ),
+            ));
+        }
+    }
     if let Some(network) = resources.network() {
         let priorities = network
             .priorities()
@@ -305,12 +343,28 @@ mod tests {
     }
 
     #[test]
+    fn sizes_of_huge_pages() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in [
+            "hugepages-2048kB",
+            "hugepages-1048576kB",
+            "hugepages-64kB",
+            "x",
+        ] {
+            fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        let mut sizes = huge_page_sizes(directory.path());
+        sizes.sort();
+        assert_eq!(sizes, ["1GB", "2MB", "64KB"]);
+    }
+
+    #[test]
     fn host_only_resources_are_refused_by_name() {
         let bundle = bundle();
         let cases = [
             (
-                json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}]}),
-                None,
+                json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 4096}]}),
+                Some("hugepageLimits[0].pageSize"),
             ),
             (
                 json!({"network": {"classID": 1}}),

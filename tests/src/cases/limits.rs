@@ -1,6 +1,8 @@
 //! Resource limits are felt inside.
 
-use anyhow::{Result, ensure};
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::runtime::Runtime;
@@ -8,7 +10,7 @@ use crate::scene::Scene;
 
 super::cases!(limits;
     common: memory, pids, cpu_quota, cpuset, rlimits, tmpfs_size;
-    vm: );
+    vm: on_the_host);
 
 fn limited(spec: &mut Value, name: &str, limits: Value) {
     spec["linux"]["resources"][name] = limits;
@@ -145,4 +147,45 @@ fn tmpfs_size(scene: &Scene) -> Result<()> {
         "what fitted: {output}"
     );
     Ok(())
+}
+
+/// Whoever looks into the host's cgroup at `cgroupsPath` finds the limits that hold for the whole
+/// virtual machine, and its figures.
+fn on_the_host(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("echo up; sleep 1000").with(|spec| {
+        spec["linux"]["resources"] = json!({
+            "memory": { "limit": 128 << 20, "reservation": 64 << 20 },
+            "pids": { "limit": 1000 },
+            "cpu": { "shares": 2048, "quota": 200_000, "period": 100_000, "cpus": "0" },
+        });
+    });
+    let path = bundle.spec["linux"]["cgroupsPath"].clone();
+    let path = path.as_str().context("cgroupsPath")?.to_owned();
+    let mut container = scene.start(&bundle)?;
+    container.streams.wait_for("up\n")?;
+    let read = |controller: &str, unified: &str, split: &str| -> Result<String> {
+        let file = if crate::runtime::unified_cgroups() {
+            format!("/sys/fs/cgroup{path}/{unified}")
+        } else {
+            format!("/sys/fs/cgroup/{controller}{path}/{split}")
+        };
+        let text = fs::read_to_string(&file).with_context(|| file)?;
+        Ok(text.trim().to_owned())
+    };
+    // 256 MiB of the guest and 64 of the VMM.
+    let memory = read("memory", "memory.max", "memory.limit_in_bytes")?;
+    ensure!(memory == (320_u64 << 20).to_string(), "memory: {memory}");
+    let low = read("memory", "memory.low", "memory.soft_limit_in_bytes")?;
+    ensure!(low == (64 << 20).to_string(), "reservation: {low}");
+    let pids = read("pids", "pids.max", "pids.max")?;
+    ensure!(pids == "1000", "pids: {pids}");
+    let weight = read("cpu", "cpu.weight", "cpu.shares")?;
+    ensure!(weight == "79" || weight == "2048", "shares: {weight}");
+    let quota = read("cpu", "cpu.max", "cpu.cfs_quota_us")?;
+    ensure!(quota.starts_with("200000"), "quota: {quota}");
+    let cpus = read("cpuset", "cpuset.cpus", "cpuset.cpus")?;
+    ensure!(cpus == "0", "cpus: {cpus}");
+    let used: u64 = read("memory", "memory.current", "memory.usage_in_bytes")?.parse()?;
+    ensure!(used > 16 << 20, "a virtual machine in {used} bytes");
+    scene.destroy(&container.id)
 }
