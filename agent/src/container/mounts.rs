@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -15,6 +15,7 @@ use rustix::{
     io::Errno,
     mount::{
         self as kernel, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+        UnmountFlags,
     },
 };
 
@@ -175,7 +176,7 @@ impl MountPlan {
             return Ok(None);
         };
         let namespace = maps.namespace(proc)?;
-        let mount = self.clone_from_share(path, *recursive, share)?;
+        let mount = self.clone_leaving_nothing(path, *recursive, share)?;
         let below = self.options.id_map == Some(true);
         match sys::map_mount_ids(mount.as_fd(), below, namespace.as_fd()) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -264,10 +265,29 @@ impl MountPlan {
         recursive: bool,
         share: BorrowedFd<'_>,
     ) -> Result<OwnedFd> {
-        let source = open_shared(share, path)
+        let source = open_shared_mount(share, path)
             .or_cannot(|| format!("open {path} of the share ({}.source)", self.field))?;
         clone_mount(source.as_fd(), recursive)
             .or_cannot(|| format!("bind {path} of the share ({})", self.field))
+    }
+
+    /// For the agent, which keeps its mounts: takes the one that going into the source may have
+    /// made out of its namespace.
+    fn clone_leaving_nothing(
+        &self,
+        path: &str,
+        recursive: bool,
+        share: BorrowedFd<'_>,
+    ) -> Result<OwnedFd> {
+        let device = |file: &OwnedFd| fs::fstat(file).map(|status| status.st_dev).ok();
+        let before = open_shared(share, path).ok().as_ref().and_then(device);
+        let mount = self.clone_from_share(path, recursive, share)?;
+        if before != device(&mount) {
+            let place = format!("/proc/self/fd/{}/{path}", share.as_raw_fd());
+            kernel::unmount(place, UnmountFlags::DETACH)
+                .or_cannot(|| format!("let go of {path} of the share ({}.source)", self.field))?;
+        }
+        Ok(mount)
     }
 
     fn sysfs_of_guest(&self) -> Result<OwnedFd> {
@@ -356,11 +376,27 @@ fn kernel_explanation(context: &OwnedFd) -> Option<String> {
     Some(text.trim_end().get(2..)?.to_owned())
 }
 
+/// Opens what the host has mounted at a path of the share. A directory that is a mount on the host
+/// becomes one in the guest when somebody goes into it, and a clone of the directory below would
+/// be covered by that: its id maps would hold for nothing, and its device number would not be that
+/// of its entries, for which `find -xdev` leaves them out.
+fn open_shared_mount(share: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
+    match open_below(share, path, OFlags::DIRECTORY) {
+        // Files are no mounts of their own.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTDIR) => open_shared(share, path),
+        opened => opened,
+    }
+}
+
 /// Opens a path of the share. The host has put it together from plain names, so links have no
 /// place in it.
 pub(super) fn open_shared(share: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
+    open_below(share, path, OFlags::empty())
+}
+
+fn open_below(share: BorrowedFd<'_>, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
     let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
     let path = path.trim_start_matches('/');
     let path = if path.is_empty() { "." } else { path };
     Ok(fs::openat2(share, path, flags, Mode::empty(), how)?)
