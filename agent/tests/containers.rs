@@ -41,6 +41,11 @@ const CASES: &[Case] = &[
         &[],
         namespaces::devices_in_user_namespace,
     ),
+    (
+        "everything in a user namespace",
+        &[],
+        namespaces::everything_in_user_namespace,
+    ),
     ("id-mapped mounts", &[], namespaces::id_mapped_mounts),
     (
         "namespaces of the guest",

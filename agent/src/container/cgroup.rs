@@ -32,6 +32,9 @@ use bulkhead_agent_protocol::ErrorKind;
 /// Where cgroup v2 is mounted.
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
 
+/// Names of the files that go with a cgroup to whom it is delegated.
+const DELEGATED: &str = "/sys/kernel/cgroup/delegate";
+
 /// How long the kernel may take to freeze, thaw or empty a cgroup.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -178,6 +181,29 @@ impl Cgroup {
         let program = sys::attach_device_filter(self.directory(), &program, replaced)
             .or_cannot(|| "load the device filter (linux.resources.devices)")?;
         *present = Some(program);
+        Ok(())
+    }
+
+    /// Makes a user (id of the guest) its owner, so that the container can make cgroups below it
+    /// (runtime-spec config-linux.md "Cgroup ownership"). Limits stay the agent's.
+    pub(super) fn give_to(&self, uid: u32) -> Result<()> {
+        let action = || format!("give the cgroup {} to user {uid}", self.path.display());
+        let owner = Some(fs::Uid::from_raw(uid));
+        fs::fchown(&self.directory, owner, None).or_cannot(action)?;
+        let files = std::fs::read_to_string(DELEGATED).or_cannot(action)?;
+        for file in files.lines() {
+            match fs::chownat(
+                &self.directory,
+                file,
+                owner,
+                None,
+                AtFlags::SYMLINK_NOFOLLOW,
+            ) {
+                // Of a controller that the guest does not have.
+                Err(Errno::NOENT) => {}
+                given => given.or_cannot(action)?,
+            }
+        }
         Ok(())
     }
 

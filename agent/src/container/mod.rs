@@ -123,8 +123,12 @@ impl Container {
             plan.terminal.is_some(),
         )
         .await?;
-        child_io.give_to(outside(plan.id_maps.as_ref(), &plan.process)?)?;
+        let owner = outside(plan.id_maps.as_ref(), &plan.process)?;
+        child_io.give_to(owner)?;
         let cgroup = Arc::new(Cgroup::create(&plan.id)?);
+        if owner.0 != 0 && plan.may_change_cgroup() {
+            cgroup.give_to(owner.0)?;
+        }
         cgroup.apply(&plan.settings)?;
         cgroup.filter_devices(&plan.device_rules)?;
         let prepared = Prepared::of(&plan, share, surroundings.proc.as_fd())?;

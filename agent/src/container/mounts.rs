@@ -156,6 +156,12 @@ pub(super) struct Sources<'a> {
 }
 
 impl MountPlan {
+    /// Whether the container can change its cgroup through it.
+    pub(super) fn is_writable_cgroup(&self) -> bool {
+        let set = self.options.attributes.set | self.options.recursive_attributes.set;
+        matches!(self.source, Source::ControlGroup) && set & libc::MOUNT_ATTR_RDONLY == 0
+    }
+
     /// Whether it gives the container a /dev of the host's.
     pub(super) fn binds_dev(&self) -> bool {
         matches!(self.source, Source::Share { .. }) && self.destination == Path::new("/dev")

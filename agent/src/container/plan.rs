@@ -95,6 +95,13 @@ impl Namespaces {
     }
 }
 
+impl Plan {
+    /// Whether the container sees its own cgroup alone, and may change it.
+    pub(super) fn may_change_cgroup(&self) -> bool {
+        self.namespaces.cgroup && self.mounts.iter().any(MountPlan::is_writable_cgroup)
+    }
+}
+
 /// Checks the request.
 pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Result<Plan> {
     check_id(&request.container_id)?;

@@ -126,6 +126,48 @@ pub(crate) fn devices_in_user_namespace(fixture: &Fixture) {
     assert_eq!(run.stdout, expected, "{}", run.stderr);
 }
 
+pub(crate) fn everything_in_user_namespace(fixture: &Fixture) {
+    let script = "awk '{print $5, $(NF-2)}' /proc/self/mountinfo | grep -E '^/(proc|sys|dev|tmp)' | sort; \
+        cat /proc/sys/kernel/shmmni; test $(cut -d. -f1 /proc/uptime) -gt 5000000 && echo shifted; \
+        mkdir /sys/fs/cgroup/below && echo 0 > /sys/fs/cgroup/below/cgroup.procs && echo made; \
+        (echo 0 > /sys/fs/cgroup/cgroup.freeze) 2>/dev/null || echo kept; mkdir /tmp/x && stat -c %u /tmp/x; \
+        cat /proc/self/oom_score_adj; ulimit -n; hostname";
+    let mut spec = spec(&["sh", "-c", script]);
+    add_user_namespace(&mut spec);
+    fixture.in_rootfs("chown -R 100000:100000 .");
+    let namespaces = &mut spec["linux"]["namespaces"];
+    let namespaces = namespaces.as_array_mut().expect("array");
+    namespaces.push(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 5_000_000}});
+    spec["linux"]["sysctl"] = json!({"kernel.shmmni": "77"});
+    spec["linux"]["maskedPaths"] = json!(["/proc/kcore", "/sys/firmware"]);
+    spec["linux"]["readonlyPaths"] = json!(["/proc/sys"]);
+    spec["process"]["oomScoreAdj"] = json!(5);
+    support::add_mount(
+        &mut spec,
+        json!({"destination": "/sys/fs/cgroup", "type": "cgroup2", "source": "cgroup"}),
+    );
+    support::add_mount(&mut spec, json!({"destination": "/tmp", "type": "tmpfs"}));
+    let run = fixture.run_spec("user-all", &spec, b"");
+    for expected in [
+        "/dev tmpfs",
+        "/dev/mqueue mqueue",
+        "/dev/pts devpts",
+        "/dev/shm tmpfs",
+        "/proc proc",
+        "/sys/fs/cgroup cgroup2",
+        "/tmp tmpfs",
+        "\n77\nshifted\nmade\nkept\n0\n5\n1000\ninside\n",
+    ] {
+        assert!(
+            run.stdout.contains(expected),
+            "{expected}: {} {}",
+            run.stdout,
+            run.stderr
+        );
+    }
+}
+
 pub(crate) fn id_mapped_mounts(fixture: &Fixture) {
     fixture.in_share("mkdir -p owned && touch owned/root owned/other && chown 5:6 owned/other");
     let script = "cd /owned; stat -c '%n %u %g' root other; touch new 2>/dev/null || echo refused";
