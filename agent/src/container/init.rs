@@ -15,7 +15,7 @@ use rustix::{
 };
 
 use super::{
-    channel, devices,
+    channel, covers, devices,
     hooks::Hooks,
     id_maps::write_of,
     mounts::{self, Sources},
@@ -199,10 +199,10 @@ impl Init<'_> {
 
     fn protect(&self, rootfs: &Tree) -> Result<()> {
         for path in &self.plan.read_only_paths {
-            mounts::make_read_only(rootfs, path)?;
+            covers::make_read_only(rootfs, path)?;
         }
         for path in &self.plan.masked_paths {
-            mounts::mask(rootfs, path)?;
+            covers::mask(rootfs, path)?;
         }
         if self.plan.read_only {
             let read_only = MountAttributes {

@@ -8,6 +8,7 @@ mod capabilities;
 mod cgroup;
 mod channel;
 mod copy_up;
+mod covers;
 mod device_filter;
 mod devices;
 mod hooks;
