@@ -91,9 +91,14 @@ fn privileges(scene: &Scene) -> Result<()> {
         "{usual}"
     );
     let more = exec(&["--cap", "CAP_CHOWN", "--no-new-privs"])?;
+    // crun gives this one only, the others this one too.
+    let sets = match scene.runtime {
+        Runtime::Crun => "0000000000000001",
+        _ => "0000000020000421",
+    };
     ensure!(
-        more.contains("CapBnd:\t0000000020000421")
-            && more.contains("CapEff:\t0000000020000421")
+        more.contains(&format!("CapBnd:\t{sets}"))
+            && more.contains(&format!("CapEff:\t{sets}"))
             && more.contains("NoNewPrivs:\t1"),
         "{more}"
     );

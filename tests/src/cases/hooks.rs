@@ -45,12 +45,11 @@ fn around_the_process(scene: &Scene) -> Result<()> {
         let state: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
         ensure!(state["id"] == container.id.as_str(), "{state}");
         ensure!(state["bundle"] == json!(bundle.path), "{state}");
-        ensure!(state["pid"].as_i64().is_some_and(|pid| pid > 0), "{state}");
-        // crun 1.8 says "created" to all of them.
-        ensure!(
-            state["status"] == "creating" || scene.runtime == Runtime::Crun,
-            "{state}"
-        );
+        // crun 1.8 says "created" to all of them, and names no process.
+        if scene.runtime != Runtime::Crun {
+            ensure!(state["pid"].as_i64().is_some_and(|pid| pid > 0), "{state}");
+            ensure!(state["status"] == "creating", "{state}");
+        }
     }
     ensure!(
         !bundle.rootfs().join("var/data/hook").exists(),
@@ -89,7 +88,11 @@ fn failing_start(scene: &Scene) -> Result<()> {
     let mut bundle = scene.bundle()?.shell("echo ran");
     bundle.spec["hooks"]["startContainer"] = json!([{ "path": "/bin/false", "args": ["false"] }]);
     let container = scene.create(&bundle)?;
-    scene.call(&["start", &container.id])?.fails()?;
+    let started = scene.call(&["start", &container.id])?;
+    // runc 1.1 and crun 1.8 return before these hooks have run.
+    if scene.runtime == Runtime::Bulkhead {
+        started.fails()?;
+    }
     container.process()?.wait()?;
     ensure!(
         !container.streams.stdout().contains("ran"),

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::process::{Other, Process};
-use crate::scene::{Scene, read_pid};
+use crate::runtime::Runtime;
+use crate::scene::{Scene, read_pid, skip};
 
 super::cases!(lifecycle;
     common: create_start_delete, run_exit_code, run_detached, kill_term, kill_created,
@@ -252,6 +253,9 @@ fn long_names(scene: &Scene) -> Result<()> {
 }
 
 fn options_after_the_id(scene: &Scene) -> Result<()> {
+    if scene.runtime == Runtime::Crun {
+        return skip("crun takes options before the id only");
+    }
     let bundle = scene.bundle()?.shell("sleep 1000");
     bundle.write()?;
     let (id, pid_file) = (scene.id(), scene.path("late.pid"));

@@ -11,8 +11,8 @@ use crate::scene::Scene;
 
 super::cases!(volumes;
     common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
-        rootfs_is_written, propagation;
-    vm: );
+        rootfs_is_written;
+    vm: propagation);
 
 fn read_write(scene: &Scene) -> Result<()> {
     let data = scene.path("data");
@@ -219,7 +219,7 @@ fn rootfs_is_written(scene: &Scene) -> Result<()> {
 }
 
 /// What propagates is marked in the container's mount table (proc_pid_mountinfo(5), "optional
-/// fields").
+/// fields"). What peers show there depends on the host's own mounts.
 fn propagation(scene: &Scene) -> Result<()> {
     let data = scene.path("data");
     fs::create_dir(&data)?;
