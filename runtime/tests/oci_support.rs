@@ -86,10 +86,6 @@ fn the_program_says_the_same() {
         ("/linux/apparmor/enabled", "process.apparmorProfile"),
         ("/linux/selinux/enabled", "process.selinuxLabel"),
         ("/linux/cgroup/rdma", "linux.resources.rdma.*.hcaHandles"),
-        (
-            "/linux/mountExtensions/idmap/enabled",
-            "mounts[].uidMappings[].hostID",
-        ),
     ] {
         let said = features.pointer(pointer).and_then(Value::as_bool);
         assert_eq!(said, Some(works(field)), "{pointer}, {field}");
