@@ -9,9 +9,9 @@ CACHE := $(or $(BULKHEAD_CACHE),$(HOME)/.cache/bulkhead)
 TESTHOST := tests/host/testhost
 AGENT := target/x86_64-unknown-linux-gnu/release/bulkhead-agent
 CARGO_DENY_VERSION := 0.20.2
-SCRIPTS := guest-kernel/build rootfs/build .ci/run $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all check-files)
+SCRIPTS := guest-kernel/build rootfs/build .ci/run tests/conformance/build-suite tests/conformance/run $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all check-files)
 
-.PHONY: help deps build kernel rootfs host demo test check bench host-shell host-run clean
+.PHONY: help deps build kernel rootfs host demo test check bench conformance host-shell host-run clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ check: deps $(CACHE)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny ## fo
 bench: build kernel rootfs ## measure in virtual time; results in target/bench/results.json
 	@$(TESTHOST) run --icount --timeout 3600 --fetch /tmp/results.json:target/bench/results.json -- \
 		bulkhead-bench --json /tmp/results.json
+
+conformance: build kernel rootfs ## the OCI validation suite, beside crun and runc; CGROUP=v1|v2, FILTER=name
+	@CGROUP=$(CGROUP) tests/conformance/run $(FILTER)
 
 host-shell: build kernel rootfs ## a shell in the test host, binaries on PATH
 	@$(TESTHOST) shell

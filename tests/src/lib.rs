@@ -4,6 +4,7 @@
 mod bench;
 mod bundle;
 mod cases;
+mod conformance;
 mod leftovers;
 mod mutation;
 mod process;
@@ -15,4 +16,5 @@ mod terminal;
 mod watch;
 
 pub use bench::main as bench_main;
+pub use conformance::main as conformance_main;
 pub use runner::main as tests_main;
