@@ -100,7 +100,7 @@ fn trial(runtime: Runtime, case: &Case) -> Trial {
 }
 
 /// Whether this machine's CPU is QEMU's software one.
-pub(crate) fn emulated() -> bool {
+fn emulated() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG CPU"))
 }
 

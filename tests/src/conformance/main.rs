@@ -1,5 +1,4 @@
-//! `bulkhead-conformance --suite DIR [--reasons FILE] [--json FILE] [--markdown FILE]
-//! [--output FILE] [--runtime LIST] [--jobs N] [FILTER]`, run as root.
+//! `bulkhead-conformance run …` and `bulkhead-conformance report …`; `run` as root.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,9 @@
 //! `bulkhead-conformance`: the public OCI validation suite against the runtimes that are installed,
-//! side by side. How it is built and what its results mean: docs/conformance.md.
+//! side by side. `run` records how each test goes, inside of a test host; `report` presents the
+//! records. How the suite is built and what the results mean: docs/conformance.md.
 
 mod reasons;
+mod record;
 mod report;
 mod results;
 mod suite;
@@ -20,20 +22,28 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::runtime::Runtime;
 use crate::scene;
 use reasons::Reasons;
+use record::Record;
 use results::Results;
 use suite::{Outcome, Suite, Test};
-use tap::Verdict;
 
 /// Tests that run beside each other. Most of their time they wait for a container to end, which the
 /// suite asks for once a second; starting a guest takes a good part of one.
 const JOBS: usize = 4;
+
+const USAGE: &str = "\
+usage: bulkhead-conformance run --suite DIR --record FILE [--runtime LIST] [--jobs N] [FILTER]
+       bulkhead-conformance report --suite DIR --reasons FILE --record FILE... [--json FILE]
+           [--markdown FILE] [--output FILE]";
 
 /// The program.
 pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
     let result = match suite::is_one(&args) {
         Some(ended) => ended.map(|()| true),
-        None => Options::read(args).and_then(|options| compare(&options)),
+        None => Options::read(args).and_then(|options| match options.verb {
+            Verb::Run => run(&options).map(|()| true),
+            Verb::Report => report(&options),
+        }),
     };
     scene::clean_up();
     match result {
@@ -46,9 +56,16 @@ pub fn main() -> ExitCode {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Copy)]
+enum Verb {
+    Run,
+    Report,
+}
+
 struct Options {
+    verb: Verb,
     suite: PathBuf,
+    records: Vec<PathBuf>,
     reasons: Option<PathBuf>,
     json: Option<PathBuf>,
     markdown: Option<PathBuf>,
@@ -60,11 +77,28 @@ struct Options {
 
 impl Options {
     fn read(args: Vec<String>) -> Result<Self> {
-        let mut options = Self {
-            jobs: JOBS,
-            ..Self::default()
-        };
         let mut args = args.into_iter().skip(1);
+        let verb = match args.next().as_deref() {
+            Some("run") => Verb::Run,
+            Some("report") => Verb::Report,
+            _ => bail!("run or report?\n{USAGE}"),
+        };
+        let installed = Runtime::ALL
+            .into_iter()
+            .filter(|runtime| runtime.installed())
+            .collect();
+        let mut options = Self {
+            verb,
+            suite: PathBuf::new(),
+            records: Vec::new(),
+            reasons: None,
+            json: None,
+            markdown: None,
+            output: None,
+            runtimes: installed,
+            jobs: JOBS,
+            filter: None,
+        };
         while let Some(arg) = args.next() {
             if !arg.starts_with('-') {
                 options.filter = Some(arg);
@@ -73,83 +107,80 @@ impl Options {
             let value = args
                 .next()
                 .with_context(|| format!("{arg} wants a value"))?;
-            match arg.as_str() {
-                "--suite" => options.suite = std::path::absolute(value)?,
-                "--reasons" => options.reasons = Some(value.into()),
-                "--json" => options.json = Some(value.into()),
-                "--markdown" => options.markdown = Some(value.into()),
-                "--output" => options.output = Some(value.into()),
-                "--runtime" => options.runtimes = Runtime::list(&value)?,
-                "--jobs" => options.jobs = value.parse().context("--jobs wants a number")?,
-                _ => bail!(
-                    "{arg} is unknown: use --suite DIR, --reasons FILE, --json FILE, \
-                     --markdown FILE, --output FILE, --runtime LIST, --jobs N, FILTER"
-                ),
-            }
+            options.take(&arg, value)?;
         }
         ensure!(
-            options.suite != Path::new(""),
-            "--suite DIR is needed: what tests/conformance/build-suite made"
+            options.suite != Path::new("") && !options.records.is_empty(),
+            "--suite and --record are needed\n{USAGE}"
         );
         ensure!(options.jobs > 0, "--jobs must be 1 or more");
-        if options.runtimes.is_empty() {
-            options.runtimes = Runtime::ALL
-                .into_iter()
-                .filter(|runtime| runtime.installed())
-                .collect();
-        }
         Ok(options)
+    }
+
+    fn take(&mut self, name: &str, value: String) -> Result<()> {
+        match (name, self.verb) {
+            ("--suite", _) => self.suite = std::path::absolute(value)?,
+            ("--record", Verb::Run) => self.records = vec![value.into()],
+            ("--record", Verb::Report) => self.records.push(value.into()),
+            ("--runtime", Verb::Run) => self.runtimes = Runtime::list(&value)?,
+            ("--jobs", Verb::Run) => self.jobs = value.parse().context("--jobs wants a number")?,
+            ("--reasons", Verb::Report) => self.reasons = Some(value.into()),
+            ("--json", Verb::Report) => self.json = Some(value.into()),
+            ("--markdown", Verb::Report) => self.markdown = Some(value.into()),
+            ("--output", Verb::Report) => self.output = Some(value.into()),
+            _ => bail!("{name} is unknown here\n{USAGE}"),
+        }
+        Ok(())
     }
 }
 
-/// Runs what is asked for and presents it. False: something is not explained as it must be.
-fn compare(options: &Options) -> Result<bool> {
+/// `run`: the tests, and a record of them.
+fn run(options: &Options) -> Result<()> {
+    let suite = Suite::open(&options.suite)?;
+    let filter = options.filter.as_deref();
+    let tests = suite.tests.iter();
+    let tests: Vec<_> = tests
+        .filter(|test| filter.is_none_or(|part| test.name.contains(part)))
+        .collect();
+    ensure!(!tests.is_empty(), "no test has such a name");
+    // What a test's process leaves to its parent when it is killed must not outlive this one.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    let mut record = Record::new(&suite, &options.runtimes)?;
+    run_all(&suite, &tests, options, &mut record);
+    try_late_again(&suite, &tests, options, &mut record);
+    record.write(&options.records[0])
+}
+
+/// `report`: false where something is not explained as it must be.
+fn report(options: &Options) -> Result<bool> {
     let suite = Suite::open(&options.suite)?;
     let reasons = match &options.reasons {
         Some(path) => Reasons::open(path, &suite.tests)?,
         None => Reasons::default(),
     };
-    let tests: Vec<_> = suite
-        .tests
-        .iter()
-        .filter(|test| {
-            let filter = options.filter.as_deref();
-            filter.is_none_or(|part| test.name.contains(part))
-        })
-        .cloned()
-        .collect();
-    ensure!(!tests.is_empty(), "no test has such a name");
-    // What a test's process leaves to its parent when it is killed must not outlive this one.
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
-    let mut results = run_all(&suite, &tests, options);
-    if crate::runner::emulated() {
-        try_again(&suite, &tests, &mut results);
+    let mut record = Record::read(&options.records[0])?;
+    for path in &options.records[1..] {
+        record.join(Record::read(path)?)?;
     }
-
+    let results = Results::new(record);
     print!("{}", report::table(&results, &reasons));
-    let write = |path: &Option<PathBuf>, text: &dyn Fn() -> Result<String>| match path {
-        Some(path) => {
-            fs::write(path, text()?).with_context(|| format!("writing {}", path.display()))
-        }
+    let write = |path: &Option<PathBuf>, text: String| match path {
+        Some(path) => fs::write(path, text).with_context(|| format!("writing {}", path.display())),
         None => Ok(()),
     };
-    write(&options.json, &|| {
-        Ok(serde_json::to_string_pretty(&results.json())? + "\n")
-    })?;
-    write(&options.markdown, &|| {
-        report::markdown(&results, &reasons, &suite)
-    })?;
-    write(&options.output, &|| Ok(report::output(&results)))?;
-
+    let json = serde_json::to_string_pretty(&results.json())? + "\n";
+    write(&options.json, json)?;
+    write(&options.markdown, report::markdown(&results, &reasons))?;
+    write(&options.output, report::output(&results))?;
     let unexplained = results.unexplained(&reasons);
     for line in &unexplained {
-        eprintln!("conformance: {line}");
+        println!("conformance: {line}");
     }
     Ok(unexplained.is_empty())
 }
 
 /// Every test against every runtime; the tests that share a cgroup one after the other.
-fn run_all(suite: &Suite, tests: &[Test], options: &Options) -> Results {
+fn run_all(suite: &Suite, tests: &[&Test], options: &Options, record: &mut Record) {
     let mut alone = VecDeque::new();
     let mut beside = VecDeque::new();
     for test in tests {
@@ -159,11 +190,10 @@ fn run_all(suite: &Suite, tests: &[Test], options: &Options) -> Results {
             } else {
                 &mut beside
             };
-            queue.push_back((test, *runtime));
+            queue.push_back((*test, *runtime));
         }
     }
     let total = alone.len() + beside.len();
-    let mut results = Results::new(&options.runtimes);
     let beside = Mutex::new(beside);
     let next = || beside.lock().ok().and_then(|mut queue| queue.pop_front());
     let (sender, outcomes) = mpsc::channel();
@@ -188,26 +218,20 @@ fn run_all(suite: &Suite, tests: &[Test], options: &Options) -> Results {
         drop(sender);
         for (count, (test, runtime, outcome)) in outcomes.iter().enumerate() {
             progress(&format!("{}/{total}", count + 1), test, runtime, &outcome);
-            results.add(&test.name, runtime, outcome);
+            record.add(&test.name, runtime, outcome);
         }
     });
-    results
 }
 
-/// A second attempt at what one runtime passes and another does not. The suite waits for ten seconds
-/// only, and an emulated CPU loses a guest now and then (tests/host/README.md): this time nothing runs
-/// beside it. What is really broken fails again.
-fn try_again(suite: &Suite, tests: &[Test], results: &mut Results) {
-    let disputed: Vec<_> = tests
-        .iter()
-        .filter(|test| results.disagree(&test.name))
-        .collect();
-    for test in disputed {
-        for runtime in results.runtimes.clone() {
-            if results.verdict(&test.name, runtime) == Some(Verdict::Fail) {
-                let outcome = suite::run(suite, test, runtime);
-                progress("second attempt", test, runtime, &outcome);
-                results.add(&test.name, runtime, outcome);
+/// A second attempt, with nothing beside it, at what took too long: the CPU may be an emulated one, on
+/// a busy machine.
+fn try_late_again(suite: &Suite, tests: &[&Test], options: &Options, record: &mut Record) {
+    for test in tests {
+        for runtime in &options.runtimes {
+            if record.get(&test.name, *runtime).is_some_and(Outcome::late) {
+                let outcome = suite::run(suite, test, *runtime);
+                progress("second attempt", test, *runtime, &outcome);
+                record.add(&test.name, *runtime, outcome);
             }
         }
     }
@@ -215,11 +239,11 @@ fn try_again(suite: &Suite, tests: &[Test], results: &mut Results) {
 
 /// A line as it goes: a whole run takes minutes.
 fn progress(mark: &str, test: &Test, runtime: Runtime, outcome: &Outcome) {
-    let why = report::shortened(&outcome.why, 120);
     eprintln!(
-        "[{mark}] {} with {}: {} {why}",
+        "[{mark}] {} with {}: {} {}",
         test.name,
         runtime.program(),
-        outcome.verdict
+        outcome.verdict,
+        report::shortened(&outcome.why, 120)
     );
 }

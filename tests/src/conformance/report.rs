@@ -1,16 +1,11 @@
 //! The results for people: the table on the terminal, docs/conformance.md, and the programs' output.
 
 use std::fmt::Write as _;
-use std::fs;
-use std::process::Command;
-
-use anyhow::{Context, Result};
 
 use super::reasons::Reasons;
 use super::results::Results;
-use super::suite::Suite;
 use super::tap::Verdict;
-use crate::runtime::{Runtime, unified_cgroups};
+use crate::runtime::Runtime;
 
 /// The text on one line, and not longer than this.
 pub(super) fn shortened(text: &str, longest: usize) -> String {
@@ -25,7 +20,7 @@ pub(super) fn shortened(text: &str, longest: usize) -> String {
 /// The table on the terminal, and below it what Bulkhead does not pass.
 pub(super) fn table(results: &Results, reasons: &Reasons) -> String {
     let mut text = String::new();
-    let width = results.tests.keys().map(String::len).max().unwrap_or(0);
+    let width = results.tests.iter().map(String::len).max().unwrap_or(0);
     let row = |name: &str, cell: &dyn Fn(Runtime) -> String| {
         let mut line = format!("{name:<width$}");
         for runtime in &results.runtimes {
@@ -34,7 +29,7 @@ pub(super) fn table(results: &Results, reasons: &Reasons) -> String {
         line.trim_end().to_owned() + "\n"
     };
     text += &row("test", &|runtime| runtime.program().to_owned());
-    for name in results.tests.keys() {
+    for name in &results.tests {
         text += &row(name, &|runtime| word(results, name, runtime));
     }
     for verdict in Verdict::ALL {
@@ -42,7 +37,7 @@ pub(super) fn table(results: &Results, reasons: &Reasons) -> String {
             results.count(runtime, verdict).to_string()
         });
     }
-    for name in results.tests.keys() {
+    for name in &results.tests {
         let Some(outcome) = results.outcome(name, Runtime::Bulkhead) else {
             continue;
         };
@@ -79,18 +74,18 @@ those that only try whether a container is refused say it by their exit status a
 ";
 
 /// docs/conformance.md. Nothing in it depends on the day, so that it changes when the results do.
-pub(super) fn markdown(results: &Results, reasons: &Reasons, suite: &Suite) -> Result<String> {
+pub(super) fn markdown(results: &Results, reasons: &Reasons) -> String {
     let mut text = format!(
         "# OCI conformance\n\n\
          <!-- Written by `make conformance`; the reasons are kept in tests/conformance/reasons. -->\n\n\
          The OCI's own validation suite \
          ([runtime-tools](https://github.com/opencontainers/runtime-tools), {}) against Bulkhead and, beside it on the \
          same host, two runtimes whose containers are processes of the host. `make conformance` repeats it.\n\n",
-        suite.version
+        results.record.suite
     );
-    text += &host()?;
-    for runtime in &results.runtimes {
-        let _ = writeln!(text, "- {}", version(*runtime)?);
+    text += &host(results);
+    for outcomes in results.record.runtimes.values() {
+        let _ = writeln!(text, "- {}", outcomes.version);
     }
     text += "\n";
     let row = |name: &str, cell: &dyn Fn(Runtime) -> String| {
@@ -110,13 +105,13 @@ pub(super) fn markdown(results: &Results, reasons: &Reasons, suite: &Suite) -> R
     text += "\n## All tests\n\n";
     text += &row("test", &|runtime| runtime.program().to_owned());
     text += &row("---", &|_| "---".to_owned());
-    for name in results.tests.keys() {
+    for name in &results.tests {
         text += &row(name, &|runtime| match word(results, name, runtime) {
             word if word == "pass" => word,
             word => format!("**{word}**"),
         });
     }
-    Ok(text)
+    text
 }
 
 /// The sentences: first where others pass, then where nobody does.
@@ -133,7 +128,7 @@ fn explained(results: &Results, reasons: &Reasons) -> String {
     ] {
         let names = results
             .tests
-            .keys()
+            .iter()
             .filter(failing)
             .filter(|name| results.differs(name) == differing);
         let lines: String = names
@@ -152,32 +147,23 @@ fn explained(results: &Results, reasons: &Reasons) -> String {
     text
 }
 
-/// The first line of `--version`.
-fn version(runtime: Runtime) -> Result<String> {
-    let output = Command::new(runtime.program())
-        .arg("--version")
-        .output()
-        .with_context(|| format!("asking {} for its version", runtime.program()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().next().unwrap_or_default().to_owned())
-}
-
 /// What the results depend on besides the runtimes.
-fn host() -> Result<String> {
-    let kernel =
-        fs::read_to_string("/proc/sys/kernel/osrelease").context("the kernel's release")?;
-    let layout = if unified_cgroups() {
+fn host(results: &Results) -> String {
+    let layout = if results.record.unified_cgroups {
         "cgroup v2 only; the suite's cgroup tests know v1 only, so they fail for everyone"
     } else {
         "cgroup v1 for every controller, which is what the suite's cgroup tests look at"
     };
-    Ok(format!("- host: Linux {}, {layout}\n", kernel.trim()))
+    format!(
+        "- host: Linux {}, one CPU, {layout}\n",
+        results.record.kernel
+    )
 }
 
 /// All that the programs printed, for the search of a cause.
 pub(super) fn output(results: &Results) -> String {
     let mut text = String::new();
-    for name in results.tests.keys() {
+    for name in &results.tests {
         for runtime in &results.runtimes {
             if let Some(outcome) = results.outcome(name, *runtime) {
                 let _ = write!(

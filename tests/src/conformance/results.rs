@@ -1,42 +1,39 @@
 //! All verdicts, what follows from them, and results.json.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
 use super::reasons::Reasons;
+use super::record::Record;
 use super::suite::Outcome;
 use super::tap::Verdict;
 use crate::runtime::Runtime;
 
 /// The outcomes of all tests with all runtimes.
 pub(super) struct Results {
+    pub(super) record: Record,
     pub(super) runtimes: Vec<Runtime>,
-    /// By the test's name; one for each runtime, in their order.
-    pub(super) tests: BTreeMap<String, Vec<Option<Outcome>>>,
+    pub(super) tests: BTreeSet<String>,
 }
 
 impl Results {
-    pub(super) fn new(runtimes: &[Runtime]) -> Self {
+    pub(super) fn new(record: Record) -> Self {
+        let runtimes = Runtime::ALL
+            .into_iter()
+            .filter(|runtime| record.runtimes.contains_key(runtime.program()))
+            .collect();
+        let outcomes = record.runtimes.values();
+        let tests = outcomes.flat_map(|one| one.tests.keys().cloned()).collect();
         Self {
-            runtimes: runtimes.to_vec(),
-            tests: BTreeMap::new(),
-        }
-    }
-
-    pub(super) fn add(&mut self, test: &str, runtime: Runtime, outcome: Outcome) {
-        let all = self
-            .tests
-            .entry(test.to_owned())
-            .or_insert_with(|| vec![None; self.runtimes.len()]);
-        if let Some(at) = self.runtimes.iter().position(|known| *known == runtime) {
-            all[at] = Some(outcome);
+            record,
+            runtimes,
+            tests,
         }
     }
 
     pub(super) fn outcome(&self, test: &str, runtime: Runtime) -> Option<&Outcome> {
-        let at = self.runtimes.iter().position(|known| *known == runtime)?;
-        self.tests.get(test)?.get(at)?.as_ref()
+        self.record.get(test, runtime)
     }
 
     pub(super) fn verdict(&self, test: &str, runtime: Runtime) -> Option<Verdict> {
@@ -45,7 +42,7 @@ impl Results {
 
     pub(super) fn count(&self, runtime: Runtime, verdict: Verdict) -> usize {
         let same = |test: &&String| self.verdict(test, runtime) == Some(verdict);
-        self.tests.keys().filter(same).count()
+        self.tests.iter().filter(same).count()
     }
 
     /// `{"runtimes": {"bulkhead": {"pass": N, "fail": N, "skip": N, "tests": {NAME: "pass"}}}}`.
@@ -59,7 +56,7 @@ impl Results {
             }
             let tests: Map<String, Value> = self
                 .tests
-                .keys()
+                .iter()
                 .filter_map(|name| {
                     let verdict = self.verdict(name, *runtime)?;
                     Some((name.clone(), verdict.word().into()))
@@ -80,19 +77,10 @@ impl Results {
             && others.into_iter().any(passes)
     }
 
-    /// Whether some runtimes pass it and some do not.
-    pub(super) fn disagree(&self, test: &str) -> bool {
-        let verdicts = |verdict: Verdict| {
-            let mut all = self.runtimes.iter();
-            all.any(|runtime| self.verdict(test, *runtime) == Some(verdict))
-        };
-        verdicts(Verdict::Pass) && verdicts(Verdict::Fail)
-    }
-
     /// Differences without a reason, and reasons without a difference.
     pub(super) fn unexplained(&self, reasons: &Reasons) -> Vec<String> {
         let mut lines = Vec::new();
-        for name in self.tests.keys() {
+        for name in &self.tests {
             let passes = self.verdict(name, Runtime::Bulkhead) == Some(Verdict::Pass);
             match reasons.get(name) {
                 None if self.differs(name) => lines.push(format!(
@@ -111,13 +99,19 @@ impl Results {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::path::Path;
 
     use super::*;
     use crate::conformance::suite::Test;
 
     fn results(verdicts: &[(&str, Verdict, Verdict)]) -> Results {
-        let mut results = Results::new(&[Runtime::Bulkhead, Runtime::Crun]);
+        let mut record = Record {
+            suite: "1".to_owned(),
+            kernel: "6.1".to_owned(),
+            unified_cgroups: false,
+            runtimes: BTreeMap::new(),
+        };
         for (name, ours, theirs) in verdicts {
             for (runtime, verdict) in [(Runtime::Bulkhead, *ours), (Runtime::Crun, *theirs)] {
                 let outcome = Outcome {
@@ -125,10 +119,10 @@ mod tests {
                     why: String::new(),
                     output: String::new(),
                 };
-                results.add(name, runtime, outcome);
+                record.add(name, runtime, outcome);
             }
         }
-        results
+        Results::new(record)
     }
 
     fn reasons(names: &[&str]) -> Reasons {
@@ -156,6 +150,14 @@ mod tests {
                     "tests": { "create": "pass", "kill": "fail" } },
             } })
         );
+    }
+
+    #[test]
+    fn records_of_different_hosts_do_not_join() {
+        let mut one = results(&[("create", Verdict::Pass, Verdict::Pass)]).record;
+        let mut other = results(&[("create", Verdict::Pass, Verdict::Pass)]).record;
+        other.unified_cgroups = true;
+        assert!(one.join(other).is_err());
     }
 
     #[test]

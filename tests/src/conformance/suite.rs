@@ -17,6 +17,8 @@ use crate::scene::{self, Scene};
 
 /// Longest time for one program. The slowest makes 32 containers, one after the other.
 const LONGEST: Duration = Duration::from_secs(300);
+/// Begins the reason of a test that does not end.
+const HANGS: &str = "hangs";
 /// First argument of the process of one test.
 const ONE: &str = "--in-this-process";
 /// What the tests that use the same cgroup make at the top of every hierarchy.
@@ -73,7 +75,7 @@ impl Test {
 }
 
 /// How a test went with one runtime.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Outcome {
     pub(super) verdict: Verdict,
     /// Why it did not pass.
@@ -83,6 +85,14 @@ pub(super) struct Outcome {
 }
 
 impl Outcome {
+    /// Whether the test, or what it waited for, took too long.
+    pub(super) fn late(&self) -> bool {
+        let suite_gave_up = self
+            .output
+            .contains("timeout in waiting for the container status");
+        self.verdict == Verdict::Fail && (suite_gave_up || self.why.starts_with(HANGS))
+    }
+
     fn broken(why: String) -> Self {
         Self {
             verdict: Verdict::Fail,
@@ -110,7 +120,7 @@ pub(super) fn run(suite: &Suite, test: &Test, runtime: Runtime) -> Outcome {
             let (verdict, why) = match ended.code {
                 Some(code) => tap::judge(&ended.stdout, &ended.stderr, code),
                 None => {
-                    let why = format!("hangs: no end after {} s", LONGEST.as_secs());
+                    let why = format!("{HANGS}: no end after {} s", LONGEST.as_secs());
                     (Verdict::Fail, why)
                 }
             };
