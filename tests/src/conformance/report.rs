@@ -71,6 +71,16 @@ Each test is a program of the suite that drives the runtime given to it and prin
 
 Some programs have no points. Those that say what went wrong in a structured remark alone pass when there is none;
 those that only try whether a container is refused say it by their exit status alone.
+
+## How it is run
+
+- The suite is built from Debian's source package as it is, but for three things: the TAP library, which Debian lacks,
+  is a stand-in of our own (`tests/conformance/tap`); the root filesystem is unpacked once rather than in every test;
+  and the suite waits four times as long for a container, since the test host's CPU is emulated.
+- Each test has a mount namespace, a temporary directory and a runtime's state directory of its own; what it leaves
+  behind is removed. Several run beside each other, but those that use the same cgroup do not.
+- A test that took too long is tried once more, with nothing beside it.
+
 ";
 
 /// docs/conformance.md. Nothing in it depends on the day, so that it changes when the results do.
@@ -102,7 +112,7 @@ pub(super) fn markdown(results: &Results, reasons: &Reasons) -> String {
     text += "\n";
     text += &explained(results, reasons);
     text += RULES;
-    text += "\n## All tests\n\n";
+    text += "## All tests\n\n";
     text += &row("test", &|runtime| runtime.program().to_owned());
     text += &row("---", &|_| "---".to_owned());
     for name in &results.tests {
