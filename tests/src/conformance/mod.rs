@@ -26,9 +26,10 @@ use record::Record;
 use results::Results;
 use suite::{Outcome, Suite, Test};
 
-/// Tests that run beside each other. Most of their time they wait for a container to end, which the
-/// suite asks for once a second; starting a guest takes a good part of one.
-const JOBS: usize = 4;
+/// Tests that run beside each other. While one waits for its container to end, which the suite asks
+/// for once a second, another has the CPU; with more of them, an emulated CPU is too slow for the
+/// suite's patience.
+const JOBS: usize = 2;
 
 const USAGE: &str = "\
 usage: bulkhead-conformance run --suite DIR --record FILE [--runtime LIST] [--jobs N] [FILTER]

@@ -16,7 +16,7 @@ use crate::runtime::Runtime;
 use crate::scene::{self, Scene};
 
 /// Longest time for one program. The slowest makes 32 containers, one after the other.
-const LONGEST: Duration = Duration::from_secs(300);
+const LONGEST: Duration = Duration::from_secs(600);
 /// Begins the reason of a test that does not end.
 const HANGS: &str = "hangs";
 /// First argument of the process of one test.
