@@ -148,7 +148,7 @@ fn run(options: &Options) -> Result<()> {
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let mut record = Record::new(&suite, &options.runtimes)?;
     run_all(&suite, &tests, options, &mut record);
-    try_late_again(&suite, &tests, options, &mut record);
+    try_again(&suite, &tests, options, &mut record);
     record.write(&options.records[0])
 }
 
@@ -224,12 +224,15 @@ fn run_all(suite: &Suite, tests: &[&Test], options: &Options, record: &mut Recor
     });
 }
 
-/// A second attempt, with nothing beside it, at what took too long: the CPU may be an emulated one, on
-/// a busy machine.
-fn try_late_again(suite: &Suite, tests: &[&Test], options: &Options, record: &mut Record) {
+/// A second attempt, with nothing beside it, at what may have failed for the slowness of an emulated
+/// CPU only.
+fn try_again(suite: &Suite, tests: &[&Test], options: &Options, record: &mut Record) {
     for test in tests {
         for runtime in &options.runtimes {
-            if record.get(&test.name, *runtime).is_some_and(Outcome::late) {
+            if record
+                .get(&test.name, *runtime)
+                .is_some_and(Outcome::deserves_another)
+            {
                 let outcome = suite::run(suite, test, *runtime);
                 progress("second attempt", test, *runtime, &outcome);
                 record.add(&test.name, *runtime, outcome);

@@ -79,7 +79,7 @@ those that only try whether a container is refused say it by their exit status a
   and the suite waits six times as long for a container, since the test host's CPU is emulated.
 - Each test has a mount namespace, a temporary directory and a runtime's state directory of its own; what it leaves
   behind is removed. Several run beside each other, but those that use the same cgroup do not.
-- A test that took too long is tried once more, with nothing beside it.
+- A test that took too long, or whose guest the emulator lost, is tried once more, with nothing beside it.
 
 ";
 
@@ -165,7 +165,7 @@ fn host(results: &Results) -> String {
         "cgroup v1 for every controller, which is what the suite's cgroup tests look at"
     };
     format!(
-        "- host: Linux {}, one CPU, {layout}\n",
+        "- host: Linux {}, two CPUs, {layout}\n",
         results.record.kernel
     )
 }

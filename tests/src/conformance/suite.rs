@@ -85,12 +85,15 @@ pub(super) struct Outcome {
 }
 
 impl Outcome {
-    /// Whether the test, or what it waited for, took too long.
-    pub(super) fn late(&self) -> bool {
-        let suite_gave_up = self
-            .output
-            .contains("timeout in waiting for the container status");
-        self.verdict == Verdict::Fail && (suite_gave_up || self.why.starts_with(HANGS))
+    /// Whether a second attempt may go better: the test, or what it waited for, took too long, or the
+    /// emulator lost a guest (tests/host/README.md, "Several emulated CPUs").
+    pub(super) fn deserves_another(&self) -> bool {
+        const SIGNS: [&str; 2] = [
+            "timeout in waiting for the container status",
+            "ended by itself",
+        ];
+        let unlucky = SIGNS.iter().any(|sign| self.output.contains(sign));
+        self.verdict == Verdict::Fail && (unlucky || self.why.starts_with(HANGS))
     }
 
     fn broken(why: String) -> Self {
