@@ -76,7 +76,7 @@ those that only try whether a container is refused say it by their exit status a
 
 - The suite is built from Debian's source package as it is, but for three things: the TAP library, which Debian lacks,
   is a stand-in of our own (`tests/conformance/tap`); the root filesystem is unpacked once rather than in every test;
-  and the suite waits six times as long for a container, since the test host's CPU is emulated.
+  and its program has 60 seconds in a container instead of ten, since the test host's CPU is emulated.
 - Each test has a mount namespace, a temporary directory and a runtime's state directory of its own; what it leaves
   behind is removed. Several run beside each other, but those that use the same cgroup do not.
 - A test that took too long, or whose guest the emulator lost, is tried once more, with nothing beside it.
