@@ -10,10 +10,18 @@ use super::suite::Test;
 
 /// Reasons by the name of the test.
 #[derive(Debug, Default)]
-pub(super) struct Reasons(BTreeMap<String, String>);
+pub(super) struct Reasons(BTreeMap<String, Reason>);
+
+#[derive(Debug)]
+struct Reason {
+    sentence: String,
+    /// The test is a race, which may be won too.
+    race: bool,
+}
 
 impl Reasons {
-    /// Reads `NAME: sentence` lines; lines that begin with `#` are remarks.
+    /// Reads lines `NAME: sentence`, or `NAME (race): sentence` where the test passes now and then; those
+    /// that begin with `#` are remarks.
     pub(super) fn open(path: &Path, tests: &[Test]) -> Result<Self> {
         let text =
             fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
@@ -33,6 +41,10 @@ impl Reasons {
             let Some((name, sentence)) = line.split_once(": ") else {
                 bail!("line {number} is not `NAME: sentence`");
             };
+            let (name, race) = match name.strip_suffix(" (race)") {
+                Some(name) => (name, true),
+                None => (name, false),
+            };
             ensure!(
                 tests.iter().any(|test| test.name == name),
                 "line {number}: the suite has no test {name}"
@@ -41,14 +53,23 @@ impl Reasons {
                 sentence.trim().ends_with('.'),
                 "line {number}: the reason for {name} is not a sentence"
             );
-            let known = reasons.insert(name.to_owned(), sentence.trim().to_owned());
+            let reason = Reason {
+                sentence: sentence.trim().to_owned(),
+                race,
+            };
+            let known = reasons.insert(name.to_owned(), reason);
             ensure!(known.is_none(), "line {number}: a second reason for {name}");
         }
         Ok(Self(reasons))
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str)
+        self.0.get(name).map(|reason| reason.sentence.as_str())
+    }
+
+    /// Whether there is a reason for a test that can only fail.
+    pub(super) fn is_certain(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|reason| !reason.race)
     }
 }
 
@@ -69,6 +90,10 @@ mod tests {
         let reasons = read("# remark\n\ncreate: It is so.\n").expect("correct");
         assert_eq!(reasons.get("create"), Some("It is so."));
         assert_eq!(reasons.get("kill"), None);
+        assert!(reasons.is_certain("create"));
+        let reasons = read("kill (race): Now and then.\n").expect("correct");
+        assert_eq!(reasons.get("kill"), Some("Now and then."));
+        assert!(!reasons.is_certain("kill"));
     }
 
     #[test]
