@@ -132,12 +132,12 @@ fn wrong_types(scene: &Scene) -> Result<()> {
         refused_spec(
             scene,
             |spec| spec["process"]["user"] = json!([0, 0]),
-            &["process.user", "list"],
+            &["process.user"],
         )?;
         refused_spec(
             scene,
             |spec| spec["linux"]["namespaces"][0] = json!(["pid"]),
-            &["linux.namespaces[0]", "list"],
+            &["linux.namespaces[0]"],
         )?;
         refused_spec(
             scene,
