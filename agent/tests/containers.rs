@@ -356,12 +356,17 @@ fn seccomp(fixture: &Fixture) {
         let run = fixture.run_spec("seccomp", &spec, b"");
         assert_eq!(run.stdout, "refused\ndone\n", "{}", run.stderr);
     }
-    // A profile of before faccessat2, installed before the program is looked up.
-    for name in ["echo", "/bin/echo"] {
+    // Filters that forbid what the agent itself would use after installing them: to look the program
+    // up (profiles of before faccessat2), and to see where the working directory is.
+    for (name, forbidden) in [
+        ("echo", "faccessat2"),
+        ("/bin/echo", "faccessat2"),
+        ("echo", "getcwd"),
+    ] {
         let mut spec = spec(&[name, "ran"]);
         spec["process"]["noNewPrivileges"] = json!(false);
         spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
-            "syscalls": [{"names": ["faccessat2"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]});
+            "syscalls": [{"names": [forbidden], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]});
         let run = fixture.run_spec("seccomp-old", &spec, b"");
         assert_eq!(run.stdout, "ran\n", "{}", run.stderr);
     }

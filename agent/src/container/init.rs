@@ -151,7 +151,8 @@ impl Init<'_> {
                 self.plan.rootfs
             )
         };
-        let place = mounts::open_shared(share, &self.plan.rootfs).or_cannot(action)?;
+        // Its mount of its own, or whatever binds the root gets that as a second mount on top.
+        let place = mounts::open_shared_mount(share, &self.plan.rootfs).or_cannot(action)?;
         let rootfs = Tree::new(mounts::mount_over(&place).or_cannot(action)?);
         let mounts = self.fill_rootfs(&rootfs, share)?;
         Ok((rootfs, mounts))

@@ -44,7 +44,7 @@ use bulkhead_agent_protocol::{
     messages::{CreateContainerRequest, Process as ProcessLine, StatsResponse, Stdio},
     oci,
 };
-use rustix::process::Pid;
+use rustix::{io::Errno, process::Pid};
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
 pub use process_io::ChildIo;
@@ -459,7 +459,11 @@ fn enter_directory(directory: &Path) -> Result<()> {
         )
     };
     rustix::process::chdir(directory).or_cannot(action)?;
-    let reached = rustix::process::getcwd(Vec::new()).or_cannot(action)?;
+    let reached = match rustix::process::getcwd(Vec::new()) {
+        // The container's filter forbids the call: whoever wrote that also chose the directory.
+        Err(Errno::PERM | Errno::ACCESS | Errno::NOSYS) => return Ok(()),
+        reached => reached.or_cannot(action)?,
+    };
     if !reached.to_bytes().starts_with(b"/") {
         let text = format!("cannot {}: it lies outside of the container", action());
         return Err(Error::new(ErrorKind::Internal, text));

@@ -125,15 +125,19 @@ fn plan_one(
     })
 }
 
-/// An option that nobody would read must not look as if it held.
+/// An option that nobody would read must not look as if it held. Data of a filesystem (`mode=755`)
+/// on a bind mount is the exception: kernels ignore it there, and engines leave it in.
 fn refuse_idle_options(field: &str, source: &Source, options: &MountOptions) -> Result<()> {
     let field = format!("{field}.options");
     let option = options.data.first();
     match (source, option) {
-        (Source::Share { .. }, Some(option)) => {
-            let problem = format!("{option:?} is no option of a bind mount");
-            Err(Error::invalid(field, problem))
-        }
+        (Source::Share { .. }, Some(_)) => match options.data.iter().find(|o| !o.contains('=')) {
+            Some(option) => {
+                let problem = format!("{option:?} is no option of a bind mount");
+                Err(Error::invalid(field, problem))
+            }
+            None => Ok(()),
+        },
         (Source::ControlGroup, Some(option)) => {
             let problem = format!("{option:?} is no option of a cgroup mount");
             Err(Error::invalid(field, problem))
@@ -386,7 +390,7 @@ fn kernel_explanation(context: &OwnedFd) -> Option<String> {
 /// becomes one in the guest when somebody goes into it, and a clone of the directory below would
 /// be covered by that: its id maps would hold for nothing, and its device number would not be that
 /// of its entries, for which `find -xdev` leaves them out.
-fn open_shared_mount(share: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
+pub(super) fn open_shared_mount(share: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
     match open_below(share, path, OFlags::DIRECTORY) {
         // Files are no mounts of their own.
         Err(error) if error.raw_os_error() == Some(libc::ENOTDIR) => open_shared(share, path),

@@ -11,7 +11,7 @@ use crate::scene::Scene;
 
 super::cases!(volumes;
     common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
-        rootfs_is_written;
+        rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount;
     vm: propagation);
 
 fn read_write(scene: &Scene) -> Result<()> {
@@ -255,5 +255,32 @@ fn propagation(scene: &Scene) -> Result<()> {
             "{name}: {text}"
         );
     }
+    Ok(())
+}
+
+/// What a container unmounts is gone, and not just what lay on top of it.
+fn bound_root_goes_away(scene: &Scene) -> Result<()> {
+    let script = "mkdir /again && mount -o rbind / /again && umount -l /again && \
+        grep -c ' /again ' /proc/self/mountinfo; ls /again | wc -l; rmdir /again";
+    let bundle = scene.bundle()?.shell(script).with(|spec| {
+        let some = json!(["CAP_SYS_ADMIN"]);
+        spec["process"]["capabilities"] =
+            json!({ "bounding": some, "effective": some, "permitted": some });
+    });
+    let output = scene.run(&bundle)?.ok()?;
+    ensure!(output.text() == "0\n0\n", "{output}");
+    Ok(())
+}
+
+/// Kernels ignore it, so engines do not bother to leave it out.
+fn data_on_a_bind_mount(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    let options = ["bind", "mode=755", "size=64k"];
+    let bundle = scene
+        .bundle()?
+        .shell("echo ran")
+        .bind(&data, "/data", &options);
+    scene.run(&bundle)?.ok()?.says(&["ran\n"])?;
     Ok(())
 }
