@@ -1,5 +1,6 @@
 //! The host's cgroup of a container: the VM's process sits in it, so that the host's limits and
-//! accounting hold for everything that the guest does. Where it lies is in `place.rs`, what is
+//! accounting hold for everything that the guest does, and beside it the monitor, so that whoever
+//! looks for the cgroup of the container's process finds it. Where it lies is in `place.rs`, what is
 //! written into it in `limits.rs`; here it is made, filled, changed and removed.
 
 mod limits;
@@ -254,7 +255,7 @@ impl Cgroup {
         for (_, place) in &self.places {
             let file = place.join("cgroup.procs");
             fs::write(&file, pid.to_string())
-                .map_err(io_error("put the virtual machine into the cgroup", &file))?;
+                .map_err(io_error("put a process into the cgroup", &file))?;
         }
         Ok(())
     }

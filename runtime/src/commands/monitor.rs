@@ -4,9 +4,11 @@ use std::{io, os::fd::OwnedFd, os::unix::net::UnixStream};
 
 use super::{Context, Error};
 use crate::{
+    cgroup::Cgroup,
     error,
     monitor::{self, ContainerOrder, ExecOrder, HostStdio, Order, Outcome, VmStarter, launch},
     spec::{Loaded, check},
+    state::Container,
     stdio::{Console, Signals},
     vm::{Vm, VmProcess},
 };
@@ -65,14 +67,16 @@ fn container(
         .and_then(|bytes| Ok(Loaded::parse(order.bundle.clone(), bytes)?))
         .and_then(|loaded| {
             let checked = check::check(&loaded)?;
-            Ok(launch(
+            let sandbox = launch(
                 order,
                 (&loaded, &checked),
                 &container,
                 START_VM,
                 signals,
                 host,
-            )?)
+            )?;
+            join_cgroup(&container)?;
+            Ok(sandbox)
         });
     match made {
         Ok(sandbox) => {
@@ -85,6 +89,13 @@ fn container(
         }
         Err(error) => failed(socket, &error),
     }
+}
+
+/// Engines take the cgroup of the container's process for the container's (containerd's and
+/// Podman's statistics do), and that process is this one. Not before the hooks have run: they are
+/// not the container's. A `run` in the foreground stays where its caller has put it.
+fn join_cgroup(container: &Container) -> Result<(), Error> {
+    Ok(Cgroup::at(&container.record()?.cgroup)?.place(std::process::id())?)
 }
 
 fn exec(

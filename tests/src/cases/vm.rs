@@ -151,21 +151,15 @@ fn host_cgroup(scene: &Scene) -> Result<()> {
     let container = idle(scene, |spec| {
         spec["linux"]["resources"]["memory"] = json!({ "limit": 128 << 20 });
     })?;
-    let pid = vmm()?;
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let controllers = if crate::runtime::unified_cgroups() {
-        "0::"
-    } else {
-        ":memory:"
-    };
-    let line = text
-        .lines()
-        .find(|line| line.contains(controllers))
-        .context("the memory cgroup")?;
-    let path = line.rsplit(':').next().context("the path")?;
+    let path = memory_cgroup(vmm()?)?;
     ensure!(
         path.contains(&scene.prefix),
         "the VMM is in {path}, not where the spec wants it"
+    );
+    let monitor = memory_cgroup(container.pid)?;
+    ensure!(
+        monitor == path,
+        "whoever asks for the cgroup of the container's process gets {monitor}, not {path}"
     );
     let (file, base) = if crate::runtime::unified_cgroups() {
         ("memory.max", "/sys/fs/cgroup")
@@ -183,6 +177,21 @@ fn host_cgroup(scene: &Scene) -> Result<()> {
         "{file} on the host is {mib} MiB for a container of 128"
     );
     scene.destroy(&container.id)
+}
+
+/// A process's path in the hierarchy that limits memory.
+fn memory_cgroup(pid: i32) -> Result<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let controllers = if crate::runtime::unified_cgroups() {
+        "0::"
+    } else {
+        ":memory:"
+    };
+    let line = text
+        .lines()
+        .find(|line| line.contains(controllers))
+        .context("the memory cgroup")?;
+    Ok(line.rsplit(':').next().context("the path")?.to_owned())
 }
 
 fn clock(scene: &Scene) -> Result<()> {
