@@ -4,6 +4,7 @@
 //! neither side's workings.
 
 pub mod oci;
+mod unique;
 
 use serde::{Deserialize, Serialize};
 

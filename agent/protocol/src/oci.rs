@@ -11,6 +11,8 @@ use serde::{
 };
 use serde_json::{Value, json};
 
+use crate::unique::Unique;
+
 /// A document that was read.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Read<T> {
@@ -69,7 +71,7 @@ fn read<T: DeserializeOwned>(
         field: String::new(),
         cause,
     };
-    let mut document: Value = serde_json::from_slice(bytes).map_err(no_json)?;
+    let Unique(mut document) = serde_json::from_slice(bytes).map_err(no_json)?;
     let mut unknown_capabilities = BTreeSet::new();
     if let Some(process) = process(&mut document).and_then(Value::as_object_mut) {
         // Without a user it is root, as with runc.
