@@ -4,11 +4,9 @@ use std::{io, os::fd::OwnedFd, os::unix::net::UnixStream};
 
 use super::{Context, Error};
 use crate::{
-    cgroup::Cgroup,
     error,
     monitor::{self, ContainerOrder, ExecOrder, HostStdio, Order, Outcome, VmStarter, launch},
     spec::{Loaded, check},
-    state::Container,
     stdio::{Console, Signals},
     vm::{Vm, VmProcess},
 };
@@ -75,7 +73,8 @@ fn container(
                 signals,
                 host,
             )?;
-            join_cgroup(&container)?;
+            // A `run` in the foreground stays where its caller has put it.
+            sandbox.join_cgroup()?;
             Ok(sandbox)
         });
     match made {
@@ -89,13 +88,6 @@ fn container(
         }
         Err(error) => failed(socket, &error),
     }
-}
-
-/// Engines take the cgroup of the container's process for the container's (containerd's and
-/// Podman's statistics do), and that process is this one. Not before the hooks have run: they are
-/// not the container's. A `run` in the foreground stays where its caller has put it.
-fn join_cgroup(container: &Container) -> Result<(), Error> {
-    Ok(Cgroup::at(&container.record()?.cgroup)?.place(std::process::id())?)
 }
 
 fn exec(

@@ -160,6 +160,7 @@ pub fn launch<'a>(
         process: Attached::new(rpc, &order.id, "", relay, host).map_err(LaunchError::Agent)?,
         timeline: launch.timeline,
         timeline_file: order.timeline.clone(),
+        cgroup: launch.cgroup,
     })
 }
 

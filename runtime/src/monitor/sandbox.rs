@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::attach::Attached;
 use crate::{
     agent::{self, rpc::RpcError},
-    cgroup::Driver,
+    cgroup::{Cgroup, CgroupError, Driver},
     guest_size::GuestSize,
     state::{Container, Event, StateError},
     stdio::Signals,
@@ -55,9 +55,17 @@ pub struct Sandbox<'a> {
     pub(super) process: Attached,
     pub(super) timeline: Timeline,
     pub(super) timeline_file: Option<PathBuf>,
+    pub(super) cgroup: Cgroup,
 }
 
 impl Sandbox<'_> {
+    /// Puts this process into the container's cgroup: engines take the cgroup of the container's
+    /// process for the container's (containerd's and Podman's statistics do), and that process is
+    /// this one. Not before the hooks have run: they are not the container's.
+    pub fn join_cgroup(&self) -> Result<(), CgroupError> {
+        self.cgroup.place(std::process::id())
+    }
+
     /// Lets the container's process run; the caller writes down that it does.
     pub fn start(&mut self, deadline: Deadline) -> Result<(), RpcError> {
         let id = self.container.id().to_owned();
