@@ -105,6 +105,7 @@ impl Plan {
 /// Checks the request.
 pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Result<Plan> {
     check_id(&request.container_id)?;
+    refuse_what_is_to_come(request)?;
     let spec = read("config.json", oci::spec(&request.spec))?;
     refuse_foreign(&spec)?;
     let process = spec
@@ -177,6 +178,18 @@ pub(super) fn read<T>(
         tracing::warn!("process.capabilities: {name:?} is unknown and left out");
     }
     Ok(read.value)
+}
+
+fn refuse_what_is_to_come(request: &CreateContainerRequest) -> Result<()> {
+    let reason = "this agent cannot do that yet";
+    if let Some(kind) = request.join_namespaces.keys().next() {
+        let field = format!("joining a {kind} namespace");
+        return Err(Error::unsupported(field, reason));
+    }
+    if request.rootfs_device.is_some() || !request.block_mounts.is_empty() {
+        return Err(Error::unsupported("a filesystem on a disk", reason));
+    }
+    Ok(())
 }
 
 /// Ids become names of directories.
