@@ -4,6 +4,9 @@
 //! It reads one [`VmConfig`] as a line of JSON, then writes [`VmEvent`]s and reads [`VmCommand`]s,
 //! a line of JSON each. When the socket's other end closes, the VM ends: the process that holds it
 //! owns the VM. Standard error carries the log; paths are resolved before the jail is entered.
+//!
+//! A command that needs file descriptors brings them as ancillary data (SCM_RIGHTS) of the one
+//! `sendmsg` that carries its whole line. They are the VMM's from then on.
 
 use std::path::PathBuf;
 
@@ -36,6 +39,11 @@ pub struct VmConfig {
     pub guest_log: Option<PathBuf>,
     /// Network namespace to join; without one the VMM gets an empty one of its own.
     pub network_namespace: Option<PathBuf>,
+    /// Places for devices that are attached later ([`VmCommand::AttachNetwork`],
+    /// [`VmCommand::AttachDisk`]). The guest finds placeholders there, without a function. All
+    /// devices and places together are at most 19.
+    #[serde(default)]
+    pub spare_slots: u8,
 }
 
 /// A virtio-blk device.
@@ -46,6 +54,10 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
+    /// The disk's serial, by which the guest finds it (`/sys/block/*/serial`): as in
+    /// [`VmCommand::AttachDisk`]. Without one it is `disk` and its number in the list, from 0.
+    #[serde(default)]
+    pub id: Option<String>,
 }
 
 /// The virtio-fs device: a tree put together from pieces of the host's file system, visible in the
@@ -108,6 +120,27 @@ pub enum VmEvent {
     },
     /// The guest ended by itself (reset, triple fault or panic); the process ends after this.
     Exited,
+    /// A device was attached.
+    Attached {
+        /// As in the command.
+        id: String,
+        /// The guest's name of the place, as it stands in `/sys/bus/platform/devices`
+        /// (`virtio-mmio.4`). A guest that looked at it before has to be asked to look again:
+        /// its name is written to `/sys/bus/platform/drivers/virtio-mmio/bind`.
+        device: String,
+    },
+    /// A device was not attached. Its descriptors are closed; the VM goes on.
+    AttachFailed {
+        /// As in the command.
+        id: String,
+        /// For people: what failed, on what, why, what to do.
+        message: String,
+    },
+    /// A device is gone, its descriptors are closed, its place is free.
+    Detached {
+        /// As in the command.
+        id: String,
+    },
 }
 
 /// What the VMM is told.
@@ -118,6 +151,34 @@ pub enum VmCommand {
     Go,
     /// End the VM now.
     Stop,
+    /// Puts a network interface at a free place; [`VmEvent::Attached`] or
+    /// [`VmEvent::AttachFailed`] answers. Brings one descriptor for each pair of queues, all of one
+    /// tap (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` if there are several); the
+    /// VMM sets the size of its packets' headers and its offloads.
+    AttachNetwork {
+        /// The runtime's name for it: 1 to 64 of `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_`, `:`, `-`, that
+        /// no other attached device has.
+        id: String,
+        /// The interface's address, `02:00:00:00:00:01`, that of one station.
+        mac: String,
+        /// The largest MTU that the guest can set, and the one that it begins with: 68 to 65535.
+        mtu: u16,
+    },
+    /// Puts a disk at a free place; answered as [`Self::AttachNetwork`] is. Brings one descriptor,
+    /// of a raw image or a block device, open for what `read_only` says.
+    AttachDisk {
+        /// The runtime's name for it, as above but 20 characters at most: the guest sees it as the
+        /// disk's serial.
+        id: String,
+        /// Whether the guest may only read it.
+        read_only: bool,
+    },
+    /// Takes an attached device away, at once: the guest's driver should have been unbound from it.
+    /// [`VmEvent::Detached`] answers, also if no device of this name is attached.
+    Detach {
+        /// As in the command that attached it.
+        id: String,
+    },
 }
 
 /// When the phases of a VM's start were done: microseconds of the host's CLOCK_MONOTONIC.

@@ -1,16 +1,21 @@
 //! The VMM's side of the conversation over standard input that [`crate::config`] describes.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::fs::FileType;
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::de::DeserializeOwned;
 
 use crate::config::{VmCommand, VmConfig, VmEvent};
 
 /// The longest line that is read.
 const LONGEST: usize = 4 << 20;
+/// Descriptors that may come with one line.
+const MOST_DESCRIPTORS: usize = 16;
 
 /// Why the conversation ended.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +46,23 @@ pub enum ControlError {
     /// A command out of turn.
     #[error("the command {0:?} comes out of turn")]
     Unexpected(VmCommand),
+    /// Descriptors with a line that has no use for them.
+    #[error("a {0} on the control socket came with file descriptors, which it has no use for")]
+    Descriptors(&'static str),
+    /// Too many descriptors.
+    #[error(
+        "a line on the control socket came with more than {MOST_DESCRIPTORS} file descriptors (or this process may not have so many open)"
+    )]
+    TooManyDescriptors,
+}
+
+/// A command with what came along.
+#[derive(Debug)]
+pub struct Received {
+    /// The command.
+    pub command: VmCommand,
+    /// Its descriptors.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 /// The control socket.
@@ -49,6 +71,8 @@ pub struct Control {
     socket: UnixStream,
     /// Read, but not yet understood.
     buffer: Vec<u8>,
+    /// Descriptors, each with its place in `buffer`: that of a byte of its line.
+    descriptors: Vec<(usize, OwnedFd)>,
 }
 
 impl Control {
@@ -70,6 +94,7 @@ impl Control {
         Self {
             socket,
             buffer: Vec::new(),
+            descriptors: Vec::new(),
         }
     }
 
@@ -80,17 +105,20 @@ impl Control {
 
     /// Waits for [`VmCommand::Go`]. Gives false for [`VmCommand::Stop`].
     pub fn wait_for_go(&mut self) -> Result<bool, ControlError> {
-        Ok(self.wait::<VmCommand>("command")? == VmCommand::Go)
+        match self.wait("command")? {
+            VmCommand::Go => Ok(true),
+            VmCommand::Stop => Ok(false),
+            command => Err(ControlError::Unexpected(command)),
+        }
     }
 
-    /// Reads what has come; gives the next command if one is whole. To be called when the socket
-    /// is readable, until it gives none.
-    pub fn next_command(&mut self) -> Result<Option<VmCommand>, ControlError> {
-        if let Some(command) = self.take("command")? {
-            return Ok(Some(command));
-        }
-        self.fill()?;
-        self.take("command")
+    /// Gives the next command of those that were read already.
+    pub fn next_command(&mut self) -> Result<Option<Received>, ControlError> {
+        let line = self.take("command")?;
+        Ok(line.map(|(command, descriptors)| Received {
+            command,
+            descriptors,
+        }))
     }
 
     /// Writes an event.
@@ -105,45 +133,78 @@ impl Control {
 
     fn wait<T: DeserializeOwned>(&mut self, what: &'static str) -> Result<T, ControlError> {
         loop {
-            if let Some(value) = self.take(what)? {
-                return Ok(value);
+            match self.take(what)? {
+                Some((value, descriptors)) if descriptors.is_empty() => return Ok(value),
+                Some(_) => return Err(ControlError::Descriptors(what)),
+                None => self.fill()?,
             }
-            self.fill()?;
         }
     }
 
-    /// Takes a whole line from the buffer.
-    fn take<T: DeserializeOwned>(&mut self, what: &'static str) -> Result<Option<T>, ControlError> {
+    /// Takes a whole line from the buffer, with its descriptors.
+    fn take<T: DeserializeOwned>(
+        &mut self,
+        what: &'static str,
+    ) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
         let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') else {
             return Ok(None);
         };
         let line: Vec<u8> = self.buffer.drain(..=end).collect();
-        serde_json::from_slice(&line)
-            .map(Some)
-            .map_err(|source| ControlError::Line { what, source })
+        let count = self
+            .descriptors
+            .iter()
+            .take_while(|(place, _)| *place <= end)
+            .count();
+        let descriptors = self.descriptors.drain(..count).map(|(_, fd)| fd).collect();
+        for (place, _) in &mut self.descriptors {
+            *place -= line.len();
+        }
+        let value =
+            serde_json::from_slice(&line).map_err(|source| ControlError::Line { what, source })?;
+        Ok(Some((value, descriptors)))
     }
 
-    /// Reads once.
-    fn fill(&mut self) -> Result<(), ControlError> {
+    /// Reads once: waits unless the socket is readable.
+    pub fn fill(&mut self) -> Result<(), ControlError> {
         if self.buffer.len() > LONGEST {
             return Err(ControlError::TooLong);
         }
         let mut bytes = [0; 8192];
-        loop {
-            match self.socket.read(&mut bytes) {
-                Ok(0) => return Err(ControlError::Closed),
-                Ok(count) => {
-                    self.buffer.extend_from_slice(&bytes[..count]);
-                    return Ok(());
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut vectors = [IoSliceMut::new(&mut bytes)];
+            match recvmsg(
+                &self.socket,
+                &mut vectors,
+                &mut ancillary,
+                RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Ok(received) => break received,
+                Err(Errno::INTR) => {}
                 // The other side was killed with bytes of ours unread.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Err(ControlError::Closed);
-                }
-                Err(error) => return Err(ControlError::Socket("read from", error)),
+                Err(Errno::CONNRESET) => return Err(ControlError::Closed),
+                Err(error) => return Err(ControlError::Socket("read from", error.into())),
+            }
+        };
+        self.buffer.extend_from_slice(&bytes[..received.bytes]);
+        // A read ends with the first bytes that descriptors came with (unix(7)), so that they
+        // belong to the line that the last byte is of.
+        let place = self.buffer.len().saturating_sub(1);
+        let before = self.descriptors.len();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                self.descriptors.extend(rights.map(|fd| (place, fd)));
             }
         }
+        let count = self.descriptors.len() - before;
+        if count > MOST_DESCRIPTORS || received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(ControlError::TooManyDescriptors);
+        }
+        if received.bytes == 0 {
+            return Err(ControlError::Closed);
+        }
+        Ok(())
     }
 }
 
@@ -155,6 +216,10 @@ impl AsFd for Control {
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSlice;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
     use super::*;
 
     #[test]
@@ -166,12 +231,66 @@ mod tests {
             .expect("write");
         assert!(control.wait_for_go().expect("go"));
         theirs.write_all(b"and\":").expect("write");
-        assert_eq!(control.next_command().expect("half"), None);
+        control.fill().expect("read");
+        assert!(control.next_command().expect("half").is_none());
         theirs.write_all(b"\"stop\"}\n").expect("write");
-        assert_eq!(
-            control.next_command().expect("whole"),
-            Some(VmCommand::Stop)
+        control.fill().expect("read");
+        let received = control.next_command().expect("whole").expect("a command");
+        assert_eq!(received.command, VmCommand::Stop);
+        assert!(received.descriptors.is_empty());
+    }
+
+    /// Sends bytes with copies of a descriptor.
+    fn send(socket: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
+        let vectors = [IoSlice::new(bytes)];
+        let sent = sendmsg(socket, &vectors, &mut ancillary, SendFlags::empty()).expect("send");
+        assert_eq!(sent, bytes.len());
+    }
+
+    #[test]
+    fn descriptors_belong_to_their_line() {
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        let (read, write) = io::pipe().expect("pipe");
+        let mut control = Control::new(ours);
+        let detach = |id: &str| format!("{{\"command\":\"detach\",\"id\":\"{id}\"}}\n");
+        let long = detach(&"x".repeat(9000));
+        send(&theirs, detach("a").as_bytes(), &[]);
+        send(&theirs, long.as_bytes(), &[write.as_fd(), write.as_fd()]);
+        send(&theirs, detach("b").as_bytes(), &[]);
+        send(&theirs, detach("c").as_bytes(), &[write.as_fd()]);
+        drop(write);
+        let mut counts = Vec::new();
+        while counts.len() < 4 {
+            match control.next_command().expect("a command") {
+                Some(received) => counts.push(received.descriptors.len()),
+                None => control.fill().expect("read"),
+            }
+        }
+        assert_eq!(counts, [0, 2, 0, 1]);
+        // All copies are closed again.
+        assert_eq!(io::Read::read(&mut { read }, &mut [0]).expect("read"), 0);
+    }
+
+    #[test]
+    fn descriptors_out_of_place_are_errors() {
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        let (read, write) = io::pipe().expect("pipe");
+        send(&theirs, b"{\"command\":\"go\"}\n", &[write.as_fd()]);
+        let mut control = Control::new(ours);
+        let error = control.wait_for_go().expect_err("no use for it");
+        assert!(matches!(error, ControlError::Descriptors(_)));
+        send(
+            &theirs,
+            b"{\"command\":\"stop\"}\n",
+            &[write.as_fd(); MOST_DESCRIPTORS + 1],
         );
+        let error = control.fill().expect_err("too many");
+        assert!(matches!(error, ControlError::TooManyDescriptors));
+        drop((control, write));
+        assert_eq!(io::Read::read(&mut { read }, &mut [0]).expect("read"), 0);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 pub mod config;
 
 #[cfg(feature = "monitor")]
+pub mod attached;
+#[cfg(feature = "monitor")]
 pub mod boot;
 #[cfg(feature = "monitor")]
 pub mod control;

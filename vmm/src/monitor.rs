@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use tracing::{debug, info};
 
+use crate::attached::Attached;
 use crate::boot::command_line;
 use crate::config::{Timeline, VmCommand, VmConfig, VmEvent};
 use crate::control::{Control, ControlError};
@@ -140,6 +141,7 @@ fn build(
         assembly.add_device(Box::new(vsock))?;
     }
     assembly.add_device(Box::new(Rng::default()))?;
+    assembly.add_spare_places(config.spare_slots)?;
     timeline.machine_us = now_us();
     let command_line = command_line::compose(config, &assembly.device_interrupts())
         .map_err(|error| MachineError::Boot(error.into()))?;
@@ -149,10 +151,19 @@ fn build(
     Ok(machine)
 }
 
-/// Waits for the end, from either side.
+/// Does as it is told until the end, from either side.
 fn wait(control: &mut Control, machine: &Machine) -> Result<End, MonitorError> {
     let failed = |error: Errno| MonitorError::Process("wait for events", error.into());
+    let mut attached = Attached::default();
     loop {
+        // What came together with an earlier line is here already.
+        while let Some(received) = control.next_command()? {
+            match attached.carry_out(machine, received) {
+                Ok(event) => control.send(&event)?,
+                Err(VmCommand::Stop) => return Ok(End::Stopped),
+                Err(command) => return Err(ControlError::Unexpected(command).into()),
+            }
+        }
         let ending = sys::event_fd(machine.ending().event());
         let mut events = [
             PollFd::new(control, PollFlags::IN),
@@ -169,10 +180,9 @@ fn wait(control: &mut Control, machine: &Machine) -> Result<End, MonitorError> {
             Some(Ending::Broken(what)) => return Err(MonitorError::Broken(what)),
         }
         if readable {
-            match control.next_command() {
-                Ok(None) => {}
-                Ok(Some(VmCommand::Stop)) | Err(ControlError::Closed) => return Ok(End::Stopped),
-                Ok(Some(command)) => return Err(ControlError::Unexpected(command).into()),
+            match control.fill() {
+                Ok(()) => {}
+                Err(ControlError::Closed) => return Ok(End::Stopped),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -211,6 +211,7 @@ fn vm_config(
         disks: vec![DiskConfig {
             path: order.root_image.clone(),
             read_only: true,
+            id: None,
         }],
         share: Some(ShareConfig {
             tag: SHARE_TAG.to_owned(),
@@ -222,6 +223,7 @@ fn vm_config(
         }),
         guest_log: order.guest_log.clone(),
         network_namespace: None,
+        spare_slots: 0,
     }
 }
 
@@ -317,6 +319,10 @@ impl Launch<'_, '_> {
                 Ok(true)
             }
             VmEvent::Failed { .. } | VmEvent::Exited => Ok(false),
+            // Nothing is attached yet.
+            VmEvent::Attached { .. } | VmEvent::AttachFailed { .. } | VmEvent::Detached { .. } => {
+                Ok(false)
+            }
         }
     }
 

@@ -123,6 +123,18 @@ impl Vm {
         Ok(event)
     }
 
+    /// Undoes [`Self::notification`]: KVM holds the event until then, whoever else closes it.
+    pub fn end_notification(
+        &self,
+        event: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), KvmError> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(KvmError::during("disconnect a queue's notification"))
+    }
+
     /// The KVM that the machine belongs to.
     pub fn kvm(&self) -> &Kvm {
         &self.kvm

@@ -4,11 +4,12 @@
 //! Assembly::new ─ add_device … ─ boot or restore ─▶ Machine (paused) ─ run ⇄ pause, save ─▶ dropped
 //! ```
 
+mod devices;
 pub mod ports;
 pub mod serial;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
@@ -24,11 +25,9 @@ use crate::kvm::vcpu::{RunningVcpu, Vcpu};
 use crate::kvm::vm::Vm;
 use crate::layout;
 use crate::memory::{self, MemoryError};
-use crate::virtio::interrupt::MmioInterrupt;
-use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::StateError;
 use crate::virtio::mmio_state::TransportState;
-use crate::virtio::{Memory, StateError, VirtioDevice};
-use ports::Ports;
+use ports::{Ports, locked};
 use serial::{GuestLog, SerialPort};
 
 /// Why a machine could not be made, started or saved.
@@ -47,8 +46,13 @@ pub enum MachineError {
     #[error("make an event")]
     Event(#[source] io::Error),
     /// The IO-APIC has no pin left.
-    #[error("{0} devices, at most {most} are possible: fewer disks are needed", most = layout::MAX_DEVICES)]
+    #[error("{0} devices and spare places, at most {most} are possible: fewer are needed", most = layout::MAX_DEVICES)]
     TooManyDevices(usize),
+    /// All places are taken.
+    #[error(
+        "none of the VM's places for devices is free: detach one, or start the VM with more spare places"
+    )]
+    NoFreePlace,
     /// The state of a device.
     #[error("device {index}")]
     DeviceState {
@@ -75,7 +79,8 @@ pub enum MachineError {
 pub struct MachineState {
     vcpus: Vec<VcpuState>,
     chips: ChipState,
-    devices: Vec<TransportState>,
+    /// By place; none where no device was.
+    devices: Vec<Option<TransportState>>,
 }
 
 /// A machine that is being put together; nothing runs yet.
@@ -114,36 +119,11 @@ impl Assembly {
         })
     }
 
-    /// Puts a device at the next free place.
-    pub fn add_device(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
-        let index = self.ports.devices.len();
-        let (base, gsi) =
-            layout::virtio_mmio(index).ok_or(MachineError::TooManyDevices(index + 1))?;
-        let mut notifications = Vec::with_capacity(device.queue_sizes().len());
-        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
-            notifications.push(self.vm.notification(base + QUEUE_NOTIFY, queue)?);
-        }
-        let vm = self.vm.clone();
-        let interrupt = MmioInterrupt::new(Box::new(move || vm.pulse(gsi)));
-        let memory = Memory::new(self.memory.clone());
-        let transport = MmioTransport::new(device, memory, interrupt, notifications);
-        self.ports.devices.push(Mutex::new(transport));
-        Ok(())
-    }
-
     /// Adds the serial port that carries the guest kernel's log.
     pub fn add_serial(&mut self, log: GuestLog) -> Result<(), MachineError> {
         let interrupt = self.vm.interrupt(layout::SERIAL_GSI)?;
         self.ports.serial = Some(Mutex::new(SerialPort::new(interrupt, log)));
         Ok(())
-    }
-
-    /// Interrupts of the devices, in order, for the kernel's command line.
-    pub fn device_interrupts(&self) -> Vec<u32> {
-        (0..self.ports.devices.len())
-            .filter_map(layout::virtio_mmio)
-            .map(|(_, gsi)| gsi)
-            .collect()
     }
 
     /// Loads a kernel, which the machine will start with.
@@ -170,15 +150,19 @@ impl Assembly {
             }
         };
         same("vCPUs", state.vcpus.len(), self.vcpus.len())?;
-        same("devices", state.devices.len(), self.ports.devices.len())?;
+        same("devices", state.devices.len(), self.ports.places.len())?;
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
             vcpu.restore(state)?;
         }
         state.chips.restore(&self.vm)?;
-        for (index, (device, state)) in self.ports.devices.iter().zip(state.devices).enumerate() {
-            locked(device)
-                .restore(state)
-                .map_err(|source| MachineError::DeviceState { index, source })?;
+        for (index, (place, state)) in self.ports.places.iter().zip(state.devices).enumerate() {
+            let restored = match (locked(place).transport(), state) {
+                (Some(device), Some(state)) => device.restore(state),
+                (None, None) => Ok(()),
+                (None, Some(_)) => Err(StateError::Mismatch("it is not attached".into())),
+                (Some(_), None) => Err(StateError::Mismatch("there was none".into())),
+            };
+            restored.map_err(|source| MachineError::DeviceState { index, source })?;
         }
         self.start()
     }
@@ -216,8 +200,10 @@ pub struct Machine {
 impl Machine {
     /// Lets devices and vCPUs go.
     pub fn run(&self) -> Result<(), MachineError> {
-        for device in &self.ports.devices {
-            locked(device).resume();
+        for place in &self.ports.places {
+            if let Some(device) = locked(place).transport() {
+                device.resume();
+            }
         }
         for vcpu in &self.vcpus {
             vcpu.run()?;
@@ -230,8 +216,10 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.pause()?;
         }
-        for device in &self.ports.devices {
-            locked(device).pause();
+        for place in &self.ports.places {
+            if let Some(device) = locked(place).transport() {
+                device.pause();
+            }
         }
         Ok(())
     }
@@ -242,12 +230,14 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpus.push(*vcpu.save()?);
         }
-        let mut devices = Vec::with_capacity(self.ports.devices.len());
-        for (index, device) in self.ports.devices.iter().enumerate() {
-            let state = locked(device)
-                .save()
-                .map_err(|source| MachineError::DeviceState { index, source })?;
-            devices.push(state);
+        let mut devices = Vec::with_capacity(self.ports.places.len());
+        for (index, place) in self.ports.places.iter().enumerate() {
+            let state = locked(place).transport().map(|device| device.save());
+            devices.push(
+                state
+                    .transpose()
+                    .map_err(|source| MachineError::DeviceState { index, source })?,
+            );
         }
         Ok(MachineState {
             vcpus,
@@ -265,11 +255,6 @@ impl Machine {
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
-}
-
-/// A panic while a device was locked can only be a test's: the program aborts.
-fn locked(device: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Where the vCPUs' accesses to devices go: virtio-mmio by address, the few legacy ports by number.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tracing::debug;
 
@@ -20,20 +20,36 @@ const KEYBOARD_RESET: u8 = 0xfe;
 /// So many accesses to nothing are logged.
 const LOGGED: u32 = 64;
 
+/// Where a virtio-mmio device is or may be.
+pub(super) enum Place {
+    /// The guest finds a placeholder.
+    Free,
+    Taken(Box<MmioTransport>),
+}
+
+impl Place {
+    pub(super) fn transport(&mut self) -> Option<&mut MmioTransport> {
+        match self {
+            Self::Free => None,
+            Self::Taken(transport) => Some(transport),
+        }
+    }
+}
+
 /// The devices of a machine.
 #[derive(Default)]
 pub(super) struct Ports {
-    /// By place: address and interrupt follow from it.
-    pub(super) devices: Vec<Mutex<MmioTransport>>,
+    /// Address and interrupt of each follow from its index.
+    pub(super) places: Vec<Mutex<Place>>,
     pub(super) serial: Option<Mutex<SerialPort>>,
     missed: AtomicU32,
 }
 
 impl Ports {
-    fn device(&self, address: u64) -> Option<(&Mutex<MmioTransport>, u64)> {
+    fn place(&self, address: u64) -> Option<(&Mutex<Place>, u64)> {
         let offset = address.checked_sub(layout::VIRTIO_MMIO)?;
         let index = usize::try_from(offset / layout::VIRTIO_MMIO_SIZE).ok()?;
-        Some((self.devices.get(index)?, offset % layout::VIRTIO_MMIO_SIZE))
+        Some((self.places.get(index)?, offset % layout::VIRTIO_MMIO_SIZE))
     }
 
     fn serial(&self, port: u16) -> Option<(&Mutex<SerialPort>, u8)> {
@@ -54,13 +70,11 @@ impl Ports {
 
 impl Bus for Ports {
     fn read_memory(&self, address: u64, data: &mut [u8]) {
-        match self.device(address) {
-            Some((device, offset)) => {
-                device
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .read(offset, data);
-            }
+        match self.place(address) {
+            Some((place, offset)) => match locked(place).transport() {
+                Some(device) => device.read(offset, data),
+                None => MmioTransport::read_placeholder(offset, data),
+            },
             None => {
                 // What a bus without a device reads as.
                 data.fill(0xff);
@@ -70,12 +84,11 @@ impl Bus for Ports {
     }
 
     fn write_memory(&self, address: u64, data: &[u8]) {
-        match self.device(address) {
-            Some((device, offset)) => {
-                device
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .write(offset, data);
+        match self.place(address) {
+            Some((place, offset)) => {
+                if let Some(device) = locked(place).transport() {
+                    device.write(offset, data);
+                }
             }
             None => self.missed("writes memory", address),
         }
@@ -105,4 +118,9 @@ impl Bus for Ports {
         }
         None
     }
+}
+
+/// A panic while a place was locked can only be a test's: the program aborts.
+pub(super) fn locked(place: &Mutex<Place>) -> MutexGuard<'_, Place> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }

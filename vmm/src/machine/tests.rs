@@ -179,6 +179,80 @@ fn state_of_another_shape_is_refused() {
     );
 }
 
+#[test]
+fn devices_come_and_go() {
+    let Some((mut first, mut pipe)) = assembly(1) else {
+        return;
+    };
+    first.add_spare_places(2).expect("spare places");
+    assert_eq!(first.device_interrupts(), [5, 6, 7]);
+    let error = first.add_spare_places(17).expect_err("too many");
+    assert!(error.to_string().starts_with("20 devices"));
+    let machine = boot(first, WAITING_GUEST);
+    machine.run().expect("run");
+    assert_eq!(said(&mut pipe), b'a');
+    for _ in 0..3 {
+        // The same place, with its notifications, is to be had again and again.
+        assert_eq!(machine.attach(Box::new(Rng::default())).expect("attach"), 1);
+        assert_eq!(machine.attach(Box::new(Rng::default())).expect("attach"), 2);
+        let error = machine.attach(Box::new(Rng::default())).expect_err("full");
+        assert!(matches!(error, MachineError::NoFreePlace));
+        machine.detach(1).expect("detach");
+        machine.detach(2).expect("detach");
+        machine.detach(2).expect("once is enough");
+        machine.detach(99).expect("there is none");
+    }
+    set_flag(&machine);
+    assert_eq!(said(&mut pipe), b'b');
+    assert_eq!(ending(&machine), Ending::Reset);
+}
+
+#[test]
+fn the_guest_sees_placeholders() {
+    use crate::kvm::exits::Bus;
+    let Some((mut assembly, _pipe)) = assembly(1) else {
+        return;
+    };
+    assembly.add_spare_places(1).expect("spare place");
+    let machine = boot(assembly, WAITING_GUEST);
+    let read = |offset: u64| {
+        let mut data = [0xff; 4];
+        let address = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_SIZE + offset;
+        machine.ports.read_memory(address, &mut data);
+        u32::from_le_bytes(data)
+    };
+    assert_eq!([read(0), read(4), read(8)], [0x7472_6976, 2, 0]);
+    assert_eq!([read(0x34), read(0x70), read(0x100)], [0; 3]);
+    machine.attach(Box::new(Rng::default())).expect("attach");
+    assert_eq!([read(4), read(8)], [2, 4]);
+    machine.detach(1).expect("detach");
+    assert_eq!([read(4), read(8)], [2, 0]);
+}
+
+#[test]
+fn attached_devices_are_part_of_the_state() {
+    let with_spare = || {
+        let (mut assembly, pipe) = assembly(1)?;
+        assembly.add_spare_places(2).expect("spare places");
+        Some((assembly, pipe))
+    };
+    let Some((first, _pipe)) = with_spare() else {
+        return;
+    };
+    let first = boot(first, WAITING_GUEST);
+    assert_eq!(first.attach(Box::new(Rng::default())).expect("attach"), 1);
+    let state = serde_json::to_string(&first.save().expect("save")).expect("serialise");
+    drop(first);
+    let read = || serde_json::from_str(&state).expect("deserialise");
+    let (second, _pipe) = with_spare().expect("a second machine");
+    let error = second.restore(read()).err().expect("refused");
+    assert!(matches!(error, MachineError::DeviceState { index: 1, .. }));
+    let (mut third, _pipe) = with_spare().expect("a third machine");
+    third.attach(1, Box::new(Rng::default())).expect("attach");
+    let third = third.restore(read()).expect("restore");
+    assert_eq!(third.attach(Box::new(Rng::default())).expect("attach"), 2);
+}
+
 /// What the real guest runs: once a second a line, and a checksum of its disk past the page cache.
 const TICKING_INIT: &str = "-c \"mount -t devtmpfs d /dev; mount -t proc p /proc; exec >/dev/ttyS0; \
      for i in 1 2 3 4 5 6; do echo 3 >/proc/sys/vm/drop_caches; \

@@ -125,6 +125,27 @@ impl MmioTransport {
         }
     }
 
+    /// What a driver reads where no device is: a placeholder, of id 0 and without a function
+    /// (§4.2.3.1.1).
+    pub fn read_placeholder(offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+            let value = match offset {
+                register::MAGIC => MAGIC,
+                register::VERSION => VERSION,
+                register::VENDOR_ID => VENDOR,
+                _ => 0,
+            };
+            *data = value.to_le_bytes();
+        }
+    }
+
+    /// Ends the device for good, whatever its driver does; gives the events of its queues.
+    pub fn remove(mut self) -> Vec<EventFd> {
+        self.device.deactivate();
+        self.notifications
+    }
+
     /// The driver reads `data.len()` bytes at `offset`.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
