@@ -19,6 +19,7 @@ use tracing::level_filters::LevelFilter;
 use crate::{
     container::{self, CGROUP_MOUNT_POINT, Surroundings},
     error::{Attempt, Result},
+    network::{Bus, Host},
     reaper::Reaper,
     sandbox::Sandbox,
     service,
@@ -28,6 +29,9 @@ use crate::{
 
 /// Where the share is mounted in the guest.
 const SHARE: &str = "/run/share";
+
+/// Where devices of the VMM appear.
+const PLATFORM_BUS: &str = "/sys/bus/platform";
 
 /// How many files the agent may have open: a process takes about six.
 const OPEN_FILES: u64 = 65_536;
@@ -57,7 +61,8 @@ pub async fn run(started_us: u64) -> Result<()> {
     let stdio = listen(STDIO_PORT)?;
     greet(started_us)?;
     prepare()?;
-    let surroundings = Arc::new(surroundings(Path::new(SHARE), mount_share())?);
+    let bus = Bus::new(Path::new(PLATFORM_BUS));
+    let surroundings = Arc::new(surroundings(Path::new(SHARE), mount_share(), bus)?);
     let sandbox = Arc::new(Sandbox::new(surroundings));
     service::serve(sandbox, rpc.into(), stdio).await
 }
@@ -128,7 +133,7 @@ fn mount_share() -> Result<()> {
 }
 
 /// What set-ups of containers use. A guest may lack a share: then its containers are what fails.
-pub fn surroundings(share: &Path, mounted: Result<()>) -> Result<Surroundings> {
+pub fn surroundings(share: &Path, mounted: Result<()>, bus: Bus) -> Result<Surroundings> {
     let open = |path: &Path, flags: OFlags| {
         openat(CWD, path, flags | OFlags::CLOEXEC, Mode::empty())
             .or_cannot(|| format!("open {}", path.display()))
@@ -137,6 +142,10 @@ pub fn surroundings(share: &Path, mounted: Result<()>) -> Result<Surroundings> {
         share: mounted.map(|()| share.to_owned()),
         proc: open(Path::new("/proc"), OFlags::PATH | OFlags::DIRECTORY)?,
         pid_namespace: open(Path::new("/proc/self/ns/pid"), OFlags::RDONLY)?,
+        network: Host {
+            namespace: open(Path::new("/proc/self/ns/net"), OFlags::RDONLY)?,
+            bus,
+        },
         reaper: Arc::new(Reaper::default()),
         streams: Arc::new(Streams::default()),
     })

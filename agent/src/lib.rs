@@ -6,6 +6,7 @@
 pub mod container;
 pub mod error;
 pub mod guest;
+pub mod network;
 pub mod process;
 pub mod reaper;
 pub mod sandbox;

@@ -134,7 +134,9 @@ impl Sandbox {
 
     /// Removes a container.
     pub async fn remove(self: Arc<Self>, id: String, force: bool) -> Result<()> {
-        self.container(&id)?.remove(force).await?;
+        self.container(&id)?
+            .remove(&self.surroundings, force)
+            .await?;
         self.containers().remove(&id);
         Ok(())
     }
@@ -150,7 +152,7 @@ impl Sandbox {
             })
             .collect();
         for container in containers {
-            if let Err(error) = container.remove(true).await {
+            if let Err(error) = container.remove(&self.surroundings, true).await {
                 tracing::warn!(error = %error.chain(), "a container does not end");
             }
         }

@@ -12,10 +12,10 @@ use bulkhead_agent_protocol::{
     messages::{
         CloseStdinRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
         Empty, ExecProcessRequest, ExecProcessResponse, ListProcessesResponse,
-        RemoveContainerRequest, ResizeTerminalRequest, SetClockRequest, SetUpSandboxRequest,
-        SetUpSandboxResponse, ShutdownRequest, SignalProcessRequest, StartContainerRequest,
-        StatsResponse, UpdateContainerRequest, WaitOutOfMemoryRequest, WaitOutOfMemoryResponse,
-        WaitProcessRequest, WaitProcessResponse,
+        RemoveContainerRequest, ResizeTerminalRequest, SetClockRequest, SetNetworkRequest,
+        SetUpSandboxRequest, SetUpSandboxResponse, ShutdownRequest, SignalProcessRequest,
+        StartContainerRequest, StatsResponse, UpdateContainerRequest, WaitOutOfMemoryRequest,
+        WaitOutOfMemoryResponse, WaitProcessRequest, WaitProcessResponse,
     },
     server::{Agent, create_agent},
 };
@@ -171,7 +171,8 @@ impl Agent for Service {
 
     async fn start_container(&self, _: &Context, asked: StartContainerRequest) -> Reply<Empty> {
         let container = self.container(&asked.container_id)?;
-        to_the_end(async move { container.start().await })
+        let sandbox = self.sandbox.clone();
+        to_the_end(async move { container.start(sandbox.surroundings()).await })
             .await
             .map(done)
     }
@@ -273,6 +274,12 @@ impl Agent for Service {
             processes: container.processes(self.sandbox.surroundings().proc.as_fd())?,
             ..Default::default()
         })
+    }
+
+    async fn set_network(&self, _: &Context, asked: SetNetworkRequest) -> Reply<Empty> {
+        let container = self.container(&asked.container_id)?;
+        let surroundings = self.sandbox.surroundings();
+        Ok(container.set_network(surroundings, &asked).map(done)?)
     }
 
     async fn set_clock(&self, _: &Context, asked: SetClockRequest) -> Reply<Empty> {

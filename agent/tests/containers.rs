@@ -5,6 +5,7 @@
 mod limits;
 mod mounts;
 mod namespaces;
+mod network;
 mod process;
 mod support;
 
@@ -69,6 +70,10 @@ const CASES: &[Case] = &[
     ("capabilities of files", &[], process::capabilities_of_files),
     ("propagation of the root", &[], mounts::propagation),
     ("attributes of mounts", &[], mounts::attributes),
+    ("network", &[], network::everything),
+    ("network changes", &[], network::changes),
+    ("network requests that fail", &[], network::failures),
+    ("parameters of interfaces", &[], network::parameters),
     ("states", &[], states),
     ("device rules change", &[], limits::device_rules),
     (

@@ -28,7 +28,7 @@ mod rootfs;
 mod seccomp;
 mod spawn;
 mod stats;
-mod sysctl;
+pub(crate) mod sysctl;
 mod terminal;
 
 use std::{
@@ -41,10 +41,16 @@ use std::{
 
 use bulkhead_agent_protocol::{
     ErrorKind,
-    messages::{CreateContainerRequest, Process as ProcessLine, StatsResponse, Stdio},
+    messages::{
+        CreateContainerRequest, Process as ProcessLine, SetNetworkRequest, StatsResponse, Stdio,
+    },
     oci,
 };
-use rustix::{io::Errno, process::Pid};
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+    process::Pid,
+};
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
 pub use process_io::ChildIo;
@@ -60,6 +66,7 @@ use self::{
 };
 use crate::{
     error::{Attempt, Error, Result},
+    network::{self, Network},
     process::{Process, Started},
     reaper::Reaper,
     stdio::{self, Streams},
@@ -75,6 +82,8 @@ pub struct Surroundings {
     pub proc: OwnedFd,
     /// The agent's own PID namespace.
     pub pid_namespace: OwnedFd,
+    /// What their networks are made with.
+    pub network: network::Host,
     /// Where ends of processes are reported.
     pub reaper: Arc<Reaper>,
     /// Streams that the host has connected.
@@ -101,6 +110,7 @@ pub struct Container {
     personality: Option<u64>,
     id_maps: Option<IdMaps>,
     keyring: Option<CString>,
+    network: Arc<Network>,
     init: Arc<Process>,
     /// Held while the container is created and not started.
     waiting: Mutex<Option<channel::Parent>>,
@@ -167,12 +177,16 @@ impl Container {
             if plan.id_maps.is_some() {
                 plan.process.grant(surroundings.proc.as_fd(), Some(pid))?;
             }
-            Ok(())
+            network_namespace(surroundings.proc.as_fd(), pid)
         };
-        if let Err(error) = set_up.await {
-            cgroup.kill().await?;
-            return Err(error);
-        }
+        let keyring = keyring_name(&plan);
+        let network = match set_up.await {
+            Ok(namespace) => Network::new(namespace, plan.interface_sysctls),
+            Err(error) => {
+                cgroup.kill().await?;
+                return Err(error);
+            }
+        };
         let started = Started { pid, pidfd, ended };
         let init = Process::new(
             started,
@@ -182,7 +196,8 @@ impl Container {
         Ok(Self {
             namespaces: plan.namespaces,
             personality: plan.personality,
-            keyring: keyring_name(&plan),
+            network: Arc::new(network),
+            keyring,
             id: plan.id,
             seccomp: plan.seccomp,
             id_maps: plan.id_maps,
@@ -194,7 +209,7 @@ impl Container {
     }
 
     /// Lets the created container's process run; returns when it does.
-    pub async fn start(&self) -> Result<()> {
+    pub async fn start(&self, surroundings: &Surroundings) -> Result<()> {
         let waiting = lock(&self.waiting).take();
         let channel = waiting.filter(|_| !self.init.has_ended()).ok_or_else(|| {
             let state = if self.init.has_ended() {
@@ -204,6 +219,9 @@ impl Container {
             };
             wrong_state(&self.id, state, "only a created one can be started")
         })?;
+        let proc = surroundings.proc.as_fd();
+        self.network
+            .set_parameters(&surroundings.network, proc, false)?;
         channel.proceed()?;
         match channel.progress(drop).await? {
             Progress::Running => Ok(()),
@@ -212,6 +230,16 @@ impl Container {
                 "the container waits once more",
             )),
         }
+    }
+
+    /// Makes its network namespace what the request says.
+    pub fn set_network(
+        &self,
+        surroundings: &Surroundings,
+        request: &SetNetworkRequest,
+    ) -> Result<()> {
+        let proc = surroundings.proc.as_fd();
+        self.network.set(&surroundings.network, proc, request)
     }
 
     /// Runs one more process in the container; returns when its program runs.
@@ -343,7 +371,7 @@ impl Container {
     }
 
     /// Ends what runs in it, if `force`, and removes what it has in the guest.
-    pub async fn remove(&self, force: bool) -> Result<()> {
+    pub async fn remove(&self, surroundings: &Surroundings, force: bool) -> Result<()> {
         if !self.init.has_ended() && !force {
             return Err(wrong_state(
                 &self.id,
@@ -353,6 +381,7 @@ impl Container {
         }
         self.cgroup.kill().await?;
         self.init.wait().await;
+        self.network.clear(&surroundings.network)?;
         self.cgroup.remove()
     }
 }
@@ -434,6 +463,14 @@ fn expect_ready(progress: Progress) -> Result<()> {
             "the container's set-up ended without a word: was it killed for want of memory?",
         )),
     }
+}
+
+/// The network namespace of a process.
+fn network_namespace(proc: BorrowedFd<'_>, pid: Pid) -> Result<OwnedFd> {
+    let path = format!("{}/ns/net", pid.as_raw_nonzero());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(proc, path, flags, Mode::empty())
+        .or_cannot(|| "open the container's network namespace: its set-up may have been killed")
 }
 
 fn keyring_name(plan: &Plan) -> Option<CString> {

@@ -51,6 +51,8 @@ pub(super) struct Plan {
     pub(super) settings: Vec<Setting>,
     /// Kernel parameters, by path below /proc/sys.
     pub(super) sysctls: Vec<(PathBuf, String)>,
+    /// Those of network interfaces, to be set when the interfaces are there.
+    pub(super) interface_sysctls: Vec<(PathBuf, String)>,
     /// Paths to hide.
     pub(super) masked_paths: Vec<PathBuf>,
     /// Paths to make read-only.
@@ -120,6 +122,9 @@ pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Resu
     let namespaces = namespaces(linux)?;
     check_names(&spec, &namespaces)?;
     let resources = linux.resources().as_ref();
+    let (interface_sysctls, sysctls) = sysctl::plan(linux.sysctl().as_ref(), &namespaces)?
+        .into_iter()
+        .partition(|(path, _)| sysctl::is_of_interface(path));
     let rules = resources
         .and_then(|r| r.devices().as_deref())
         .unwrap_or_default();
@@ -149,7 +154,8 @@ pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Resu
             .map(|resources| resources::settings(resources, pristine))
             .transpose()?
             .unwrap_or_default(),
-        sysctls: sysctl::plan(linux.sysctl().as_ref(), &namespaces)?,
+        sysctls,
+        interface_sysctls,
         masked_paths: absolute("linux.maskedPaths", linux.masked_paths().as_deref())?,
         read_only_paths: absolute("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
         seccomp: linux.seccomp().as_ref().map(seccomp::compile).transpose()?,
@@ -291,11 +297,8 @@ fn namespaces(linux: &Linux) -> Result<Namespaces> {
             .as_ref()
             .filter(|path| !path.as_os_str().is_empty());
         if kind == LinuxNamespaceType::Network {
+            // With a path, the namespace of the guest becomes an image of the host's.
             network = true;
-            if path.is_some() {
-                // The host has mirrored that namespace into the guest's own.
-                continue;
-            }
         } else if path.is_some() {
             let reason = format!(
                 "the host's {kind} namespaces are not in the guest, and no other container is; \

@@ -53,8 +53,7 @@ fn plan_one(name: &str, namespaces: &Namespaces) -> Result<PathBuf> {
     } else if path == "kernel/hostname" {
         return Err(Error::unsupported(field, "set hostname instead"));
     } else if path.starts_with("net/") {
-        // The guest's own network stack stands for a namespace that the spec names: it belongs to
-        // the sandbox.
+        // Every container has a network namespace that is not the guest's own.
         return Ok(path.into());
     } else {
         let reason = "it does not belong to a namespace; remove it";
@@ -86,8 +85,18 @@ fn path_of(name: &str) -> String {
     }
 }
 
+/// Whether a parameter belongs to network interfaces, be it to one or to all or to those to come.
+/// They are set when the interfaces are there, as elsewhere the interfaces are there first.
+pub(super) fn is_of_interface(path: &Path) -> bool {
+    let mut parts = path.components().map(|part| part.as_os_str());
+    parts.next().is_some_and(|part| part == "net")
+        && parts
+            .nth(1)
+            .is_some_and(|part| part == "conf" || part == "neigh")
+}
+
 /// Writes a parameter. `proc` is a procfs; whose namespaces it shows depends on the caller.
-pub(super) fn write(proc: BorrowedFd<'_>, path: &Path, value: &str) -> Result<()> {
+pub(crate) fn write(proc: BorrowedFd<'_>, path: &Path, value: &str) -> Result<()> {
     let action = || format!("set {} to {value:?} (linux.sysctl)", path.display());
     let flags = OFlags::WRONLY | OFlags::CLOEXEC;
     let file =

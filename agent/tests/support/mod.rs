@@ -18,7 +18,7 @@ use std::{
 pub(crate) use self::container::Container;
 use bulkhead_agent_protocol::{
     client::AgentClient,
-    messages::{CreateContainerRequest, Stdio},
+    messages::{CreateContainerRequest, SetNetworkRequest, Stdio},
 };
 use serde_json::{Value, json};
 use ttrpc::context::with_timeout;
@@ -246,6 +246,45 @@ impl Fixture {
         shell(&self.directory.join("share/rootfs"), script);
     }
 
+    /// Runs a script in the agent's network namespace.
+    pub(crate) fn in_network(&self, script: &str) {
+        let namespace = format!("--net=/proc/{}/ns/net", self.server.id());
+        let status = Command::new("nsenter")
+            .args([&namespace, "sh", "-ec", script])
+            .status();
+        assert!(status.expect("nsenter").success(), "{script}");
+    }
+
+    /// Pretends that the VMM has put an interface of that name into a place.
+    pub(crate) fn add_device(&self, device: &str, interface: &str) {
+        let script = format!(
+            "mkdir -p devices/{device}/virtio5/net/{interface} drivers/virtio-mmio; \
+            touch drivers/virtio-mmio/bind drivers/virtio-mmio/unbind"
+        );
+        std::fs::create_dir_all(self.directory.join("bus")).expect("made");
+        shell(&self.directory.join("bus"), &script);
+    }
+
+    /// The last device that was unbound.
+    pub(crate) fn unbound_device(&self) -> String {
+        let file = self.directory.join("bus/drivers/virtio-mmio/unbind");
+        std::fs::read_to_string(file).expect("read")
+    }
+
+    pub(crate) fn try_set_network(
+        &self,
+        request: &SetNetworkRequest,
+    ) -> Result<(), (String, String)> {
+        self.client
+            .set_network(with_timeout(DEADLINE), request)
+            .map(drop)
+            .map_err(status)
+    }
+
+    pub(crate) fn set_network(&self, request: &SetNetworkRequest) {
+        self.try_set_network(request).expect("set");
+    }
+
     /// Connects a stream and returns its number.
     pub(crate) fn stream(&self) -> (u64, UnixStream) {
         let number = self.next_stream.replace(self.next_stream.get() + 1);
@@ -289,13 +328,17 @@ impl Fixture {
         self.create(id, spec, binds, Stdio::new())
     }
 
-    /// Creates and starts.
-    pub(crate) fn start(&self, id: &str, spec: &Value, stdio: Stdio) -> Container<'_> {
+    pub(crate) fn create_only(&self, id: &str, spec: &Value, stdio: Stdio) -> Container<'_> {
         match self.create(id, spec, &[], stdio) {
             Reply::Created(pid) => assert!(pid > 0),
             Reply::Refused(code, message) => panic!("{code}: {message}"),
         }
-        let container = self.container(id);
+        self.container(id)
+    }
+
+    /// Creates and starts.
+    pub(crate) fn start(&self, id: &str, spec: &Value, stdio: Stdio) -> Container<'_> {
+        let container = self.create_only(id, spec, stdio);
         container.try_start().expect("started");
         container
     }
