@@ -2,6 +2,7 @@
 //! gives them. Whatever is wrong with one is an answer; the VM goes on.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 
 use tracing::{info, warn};
 
@@ -9,9 +10,13 @@ use crate::config::{VmCommand, VmEvent};
 use crate::control::Received;
 use crate::failure::Chain;
 use crate::machine::{Machine, MachineError};
+use crate::virtio::VirtioDevice;
+use crate::virtio::net::{MacAddress, MacError, Net, Tap, TapError};
 
 /// Characters of a name.
 const LONGEST_ID: usize = 64;
+/// Of IPv4 (RFC 791), and of the driver (virtio 1.2 §5.1.4.1).
+const SMALLEST_MTU: u16 = 68;
 
 /// Why a device was not attached.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +30,15 @@ pub enum AttachError {
     /// The name is taken.
     #[error("a device {0:?} is attached already: detach it first, or give another id")]
     Taken(String),
+    /// An address that is none.
+    #[error(transparent)]
+    Mac(#[from] MacError),
+    /// An MTU that is none.
+    #[error("an MTU of {0} is not possible: give one of {SMALLEST_MTU} to 65535")]
+    Mtu(u16),
+    /// The tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// Not yet.
     #[error("this VMM cannot attach {0} yet")]
     NotYet(&'static str),
@@ -33,9 +47,14 @@ pub enum AttachError {
     Machine(#[from] MachineError),
 }
 
-/// What is attached: places by name.
+/// What is attached.
 #[derive(Debug, Default)]
-pub struct Attached(BTreeMap<String, usize>);
+pub struct Attached {
+    /// Places by name.
+    places: BTreeMap<String, usize>,
+    /// For the names of the next device's threads.
+    next: u16,
+}
 
 impl Attached {
     /// Carries out a command about devices, gives the answer; gives other commands back.
@@ -48,27 +67,25 @@ impl Attached {
             command,
             descriptors,
         } = received;
-        let (id, result) = match command {
-            VmCommand::AttachNetwork { id, .. } => {
-                let result = self
+        let (id, device) = match command {
+            VmCommand::AttachNetwork { id, mac, mtu } => {
+                let device = self
                     .check(&id)
-                    .and(Err::<usize, _>(AttachError::NotYet("network interfaces")));
-                (id, result)
+                    .and_then(|()| self.interface(&mac, mtu, descriptors));
+                (id, device)
             }
             VmCommand::AttachDisk { id, .. } => {
-                let result = self
-                    .check(&id)
-                    .and(Err::<usize, _>(AttachError::NotYet("disks")));
-                (id, result)
+                let refused = Err(AttachError::NotYet("disks"));
+                (id, refused)
             }
             VmCommand::Detach { id } => return Ok(self.detach(machine, id)),
             command @ (VmCommand::Go | VmCommand::Stop) => return Err(command),
         };
-        drop(descriptors);
-        Ok(match result {
+        let place = device.and_then(|device| Ok(machine.attach(device)?));
+        Ok(match place {
             Ok(place) => {
                 info!(id, place, "a device was attached");
-                self.0.insert(id.clone(), place);
+                self.places.insert(id.clone(), place);
                 VmEvent::Attached {
                     id,
                     // The guest's kernel counts them in the order of its command line.
@@ -82,8 +99,24 @@ impl Attached {
         })
     }
 
+    fn interface(
+        &mut self,
+        mac: &str,
+        mtu: u16,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Box<dyn VirtioDevice>, AttachError> {
+        let mac: MacAddress = mac.parse()?;
+        if mtu < SMALLEST_MTU {
+            return Err(AttachError::Mtu(mtu));
+        }
+        let tap = Tap::new(descriptors)?;
+        let index = self.next;
+        self.next = index.wrapping_add(1);
+        Ok(Box::new(Net::new(index, tap, mac, mtu)))
+    }
+
     fn detach(&mut self, machine: &Machine, id: String) -> VmEvent {
-        match self.0.remove(&id) {
+        match self.places.remove(&id) {
             Some(place) => {
                 if let Err(error) = machine.detach(place) {
                     // The device is gone all the same.
@@ -101,9 +134,45 @@ impl Attached {
         if id.is_empty() || id.len() > LONGEST_ID || !id.bytes().all(good) {
             return Err(AttachError::Id(id.to_owned()));
         }
-        if self.0.contains_key(id) {
+        if self.places.contains_key(id) {
             return Err(AttachError::Taken(id.to_owned()));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        let mut attached = Attached::default();
+        let long = "x".repeat(LONGEST_ID);
+        for good in ["eth0", "a.b_c:d-e", long.as_str()] {
+            attached.check(good).expect(good);
+        }
+        let longer = "x".repeat(LONGEST_ID + 1);
+        for bad in ["", "a b", "a/b", "a\n", "é", "\0", longer.as_str()] {
+            assert!(matches!(attached.check(bad), Err(AttachError::Id(_))));
+        }
+        attached.places.insert("eth0".into(), 4);
+        let error = attached.check("eth0").expect_err("taken");
+        assert!(matches!(error, AttachError::Taken(_)));
+    }
+
+    #[test]
+    fn interfaces_are_looked_at_before_they_are_made() {
+        let mut attached = Attached::default();
+        let mut attach = |mac: &str, mtu| {
+            let result = attached.interface(mac, mtu, vec![]);
+            Chain(&result.err().expect("refused")).to_string()
+        };
+        assert!(attach("03:00:00:00:00:01", 1500).contains("no address of an interface"));
+        assert_eq!(
+            attach("02:00:00:00:00:01", 67),
+            "an MTU of 67 is not possible: give one of 68 to 65535"
+        );
+        assert!(attach("02:00:00:00:00:01", 68).contains("0 descriptors of a tap"));
     }
 }

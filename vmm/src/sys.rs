@@ -1,9 +1,11 @@
 //! The crate's only unsafe code: mappings laid over guest memory, memory slots, fork, the signal
-//! that brings a vCPU out of the guest.
+//! that brings a vCPU out of the guest, the ioctls of taps.
 #![allow(unsafe_code)]
 
 pub(crate) mod guest_io;
 pub(crate) mod guest_view;
+pub(crate) mod held;
+pub(crate) mod tun;
 
 use std::fs::File;
 use std::io;

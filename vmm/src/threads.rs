@@ -10,6 +10,8 @@ pub enum Role {
     Vcpu(u8),
     /// Serves a virtio-blk device, by index.
     Block(u8),
+    /// Serves a pair of queues of a virtio-net device, by index of both.
+    Network(u16, u16),
     /// Serves virtio-rng.
     Entropy,
     /// Serves virtio-vsock.
@@ -24,6 +26,7 @@ impl Role {
         match self {
             Self::Vcpu(index) => format!("vcpu{index}"),
             Self::Block(index) => format!("blk{index}"),
+            Self::Network(index, pair) => format!("net{index}.{pair}"),
             Self::Entropy => "rng".into(),
             Self::Vsock => "vsock".into(),
             Self::Filesystem => "fs".into(),

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use vm_memory::VolatileSlice;
 
 /// Pieces handed to one system call (the kernel takes up to 1024); the rest makes a short count.
-const PIECES: usize = 256;
+pub(crate) const PIECES: usize = 256;
 
 /// Receives from a stream socket, never waiting, at most what the pieces hold. 0 is the end of the
 /// stream. File descriptors that the sender attached are dropped by the kernel.
@@ -50,6 +50,14 @@ pub(crate) fn write_at(
     let (pointer, count) = vectors.parts();
     // SAFETY: `pointer` leads to `count` vectors that `Vectors` made; the kernel only reads.
     retry(|| unsafe { libc::pwritev64(file.as_raw_fd(), pointer, count, offset) })
+}
+
+/// Writes a packet, all of it or nothing; at most [`PIECES`] pieces make one.
+pub(crate) fn write(file: BorrowedFd<'_>, pieces: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let vectors = Vectors::new(pieces);
+    let (pointer, count) = vectors.parts();
+    // SAFETY: `pointer` leads to `count` vectors that `Vectors` made; the kernel only reads.
+    retry(|| unsafe { libc::writev(file.as_raw_fd(), pointer, count) })
 }
 
 /// What the kernel takes: each vector covers one piece, which borrows mapped guest memory for as
@@ -96,7 +104,7 @@ impl<'p> Vectors<'p> {
 }
 
 /// Repeats a call that a signal interrupted; a negative result is `errno`.
-fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+pub(super) fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
     loop {
         match usize::try_from(call()) {
             Ok(count) => return Ok(count),

@@ -339,7 +339,7 @@ impl MmioTransport {
     fn reset(&mut self) {
         if self.active {
             self.active = false;
-            self.device.deactivate();
+            self.device.reset();
         }
         for event in &self.notifications {
             // Nonblocking: empties it.
@@ -386,8 +386,10 @@ impl MmioTransport {
     fn active_queues(&self) -> Result<Vec<ActiveQueue>, String> {
         let memory = self.memory.memory();
         let event_index = self.driver_features & FEATURE_EVENT_INDEX != 0;
-        let mut queues = Vec::with_capacity(self.queues.len());
-        for (index, (registers, event)) in self.queues.iter().zip(&self.notifications).enumerate() {
+        let needed = self.device.needed_queues(self.driver_features);
+        let mut queues = Vec::with_capacity(needed);
+        let all = self.queues.iter().zip(&self.notifications);
+        for (index, (registers, event)) in all.take(needed).enumerate() {
             let queue: Queue = registers
                 .to_queue(event_index)
                 .map_err(|error| format!("queue {index}: {error}"))?;

@@ -3,7 +3,7 @@
 //! The transport (virtio-mmio) owns status, feature negotiation and queue registers. At DRIVER_OK
 //! it checks the queues and hands each device what it needs in one [`Activation`]; the device moves
 //! that to a worker thread of its own. `deactivate` ends the worker and gives the queues back: the
-//! transport calls it for a reset, and before it saves state.
+//! transport calls it before it saves state, and `reset` when the driver resets the device.
 
 pub mod blk;
 pub mod chain;
@@ -12,6 +12,7 @@ pub mod fs;
 pub mod interrupt;
 pub mod mmio;
 pub mod mmio_state;
+pub mod net;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;
@@ -92,7 +93,7 @@ pub struct Activation {
     pub memory: Memory,
     /// The features that the driver accepted, a subset of those offered.
     pub features: u64,
-    /// One for each entry of `queue_sizes`, in that order. All are ready.
+    /// The first [`VirtioDevice::needed_queues`] of `queue_sizes`, in that order. All are ready.
     pub queues: Vec<ActiveQueue>,
     /// Towards the driver.
     pub interrupt: Arc<dyn Interrupt>,
@@ -106,6 +107,11 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue, a power of two.
     fn queue_sizes(&self) -> &[u16];
+    /// How many of its queues, from the first on, the device needs with the features that the driver
+    /// accepted; it does not get the others.
+    fn needed_queues(&self, _features: u64) -> usize {
+        self.queue_sizes().len()
+    }
     /// Reads the configuration space; bytes beyond it are left as they are (zero).
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the configuration space; most devices have nothing writable.
@@ -115,6 +121,11 @@ pub trait VirtioDevice: Send {
     /// Stops the device and returns its queues, none lost, when nothing of it runs any more. Harmless when
     /// inactive (returns no queues).
     fn deactivate(&mut self) -> Vec<Queue>;
+    /// The driver resets the device, which is active: as [`Self::deactivate`], and what the driver has
+    /// set up by a queue is forgotten.
+    fn reset(&mut self) {
+        self.deactivate();
+    }
     /// The state beyond queues and features, taken while inactive.
     fn save(&mut self) -> Result<DeviceState, StateError>;
     /// Puts saved state back, before activation.

@@ -10,6 +10,8 @@ use super::DeviceKind;
 pub enum DeviceState {
     /// virtio-blk.
     Block(BlockState),
+    /// virtio-net.
+    Network(NetworkState),
     /// virtio-rng: has none.
     Entropy,
     /// virtio-vsock.
@@ -23,6 +25,7 @@ impl DeviceState {
     pub fn kind(&self) -> DeviceKind {
         match self {
             Self::Block(_) => DeviceKind::Block,
+            Self::Network(_) => DeviceKind::Net,
             Self::Entropy => DeviceKind::Entropy,
             Self::Vsock(_) => DeviceKind::Vsock,
             Self::Filesystem(_) => DeviceKind::Filesystem,
@@ -38,6 +41,19 @@ pub struct BlockState {
     pub sectors: u64,
     /// Whether VIRTIO_BLK_F_RO was offered.
     pub read_only: bool,
+}
+
+/// virtio-net: the tap is not part of it, it is handed in again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkState {
+    /// The address that the driver was told.
+    pub mac: [u8; 6],
+    /// The MTU that the driver was told.
+    pub mtu: u16,
+    /// Pairs of queues that the driver uses.
+    pub pairs_in_use: u16,
+    /// What the driver switched on or off by the control queue: feature bits; none if it did not.
+    pub guest_offloads: Option<u64>,
 }
 
 /// virtio-vsock: connections do not outlive a save; the driver is told so with a transport reset

@@ -265,6 +265,7 @@ impl DriverQueue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
     Used(u16),
+    Configuration,
     NeedsReset,
 }
 
@@ -283,7 +284,7 @@ impl Interrupt for Line {
         self.send(Told::Used(queue))
     }
     fn configuration_changed(&self) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+        self.send(Told::Configuration)
     }
     fn device_needs_reset(&self) -> io::Result<()> {
         self.send(Told::NeedsReset)

@@ -1,0 +1,183 @@
+//! The thread of a pair of queues; that of the first also serves the control queue.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tracing::warn;
+
+use super::control::Control;
+use super::receive::{self, Receive};
+use super::ring::Ring;
+use super::tap::Tap;
+use super::transmit::{self, Transmit};
+use crate::virtio::Interrupt;
+use crate::virtio::worker::{EventSet, Handler, HandlerError, Poll};
+
+const RECEIVE: u64 = 0;
+const TRANSMIT: u64 = 1;
+const CONTROL: u64 = 2;
+const TAP: u64 = 3;
+
+/// Events after which the driver hears of the buffers that it has sent, if no pause comes first.
+const MOST_EVENTS: u32 = 64;
+
+/// Owns its queues while the device is active.
+pub(super) struct PairHandler {
+    pub(super) tap: Tap,
+    pub(super) pair: usize,
+    pub(super) receive: Receive,
+    pub(super) transmit: Transmit,
+    pub(super) control: Option<Control>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) link: Arc<Link>,
+    pub(super) receiving: Receiving,
+    /// The tap takes no packets; it says when it does again.
+    pub(super) full: bool,
+    /// Events since the driver was told of what was sent.
+    pub(super) events: u32,
+}
+
+/// Whether the interface is there, as the driver sees it.
+pub(super) struct Link(AtomicBool);
+
+impl Link {
+    pub(super) fn up() -> Arc<Self> {
+        Arc::new(Self(AtomicBool::new(true)))
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn take_down(&self) -> bool {
+        self.0.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// What receiving waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Receiving {
+    /// Nothing, or it is not known.
+    Ready,
+    /// A packet.
+    Packet,
+    /// The driver's buffers; there may be packets.
+    Buffers,
+    /// For good.
+    Over,
+}
+
+impl Handler for PairHandler {
+    fn register(&mut self, poll: &Poll) -> io::Result<()> {
+        poll.add_event(self.receive.ring().event(), RECEIVE)?;
+        poll.add_event(self.transmit.ring().event(), TRANSMIT)?;
+        if let Some(control) = &self.control {
+            poll.add_event(control.ring().event(), CONTROL)?;
+        }
+        // Once for each change, so that a tap with packets that nobody takes costs nothing.
+        let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        poll.add(self.queue(), TAP, events)
+    }
+
+    fn handle(&mut self, _: &Poll, token: u64, events: EventSet) -> Result<(), HandlerError> {
+        match token {
+            RECEIVE => self.buffers_came()?,
+            TRANSMIT if !self.full => self.send()?,
+            CONTROL => self.control()?,
+            TAP => self.tap_changed(events)?,
+            _ => {}
+        }
+        if self.transmit.is_silent() {
+            self.events += 1;
+            if self.events > MOST_EVENTS {
+                self.quiet()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn awaits_quiet(&self) -> bool {
+        self.transmit.is_silent()
+    }
+
+    fn quiet(&mut self) -> Result<(), HandlerError> {
+        self.events = 0;
+        self.transmit.signal(self.interrupt.as_ref())
+    }
+}
+
+impl PairHandler {
+    fn queue(&self) -> BorrowedFd<'_> {
+        self.tap.queue(self.pair)
+    }
+
+    fn buffers_came(&mut self) -> Result<(), HandlerError> {
+        match self.receiving {
+            Receiving::Ready | Receiving::Buffers => self.receive(),
+            Receiving::Packet | Receiving::Over => Ok(()),
+        }
+    }
+
+    fn tap_changed(&mut self, events: EventSet) -> Result<(), HandlerError> {
+        if events.contains(EventSet::OUT) && self.full {
+            self.full = false;
+            self.send()?;
+        }
+        if self.receiving == Receiving::Packet {
+            self.receive()?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(), HandlerError> {
+        let tap = self.tap.queue(self.pair);
+        self.receiving = match self.receive.run(tap, self.interrupt.as_ref())? {
+            receive::Stopped::Empty => Receiving::Packet,
+            receive::Stopped::Starved => Receiving::Buffers,
+            receive::Stopped::Budget => {
+                ring_again(self.receive.ring())?;
+                Receiving::Ready
+            }
+            receive::Stopped::Gone => {
+                self.tap_is_gone()?;
+                Receiving::Over
+            }
+        };
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<(), HandlerError> {
+        let tap = self.tap.queue(self.pair);
+        match self.transmit.run(tap, self.interrupt.as_ref())? {
+            transmit::Stopped::Empty => {}
+            transmit::Stopped::Full => self.full = true,
+            transmit::Stopped::Budget => ring_again(self.transmit.ring())?,
+        }
+        Ok(())
+    }
+
+    fn control(&mut self) -> Result<(), HandlerError> {
+        if let Some(control) = &mut self.control
+            && control.run(self.interrupt.as_ref())?
+        {
+            ring_again(control.ring())?;
+        }
+        Ok(())
+    }
+
+    /// The host has taken the tap away, alone or with its namespace: to the guest, the cable.
+    fn tap_is_gone(&self) -> Result<(), HandlerError> {
+        if self.link.take_down() {
+            warn!(tap = self.tap.name(), "the tap of an interface is gone");
+            self.interrupt.configuration_changed()?;
+        }
+        Ok(())
+    }
+}
+
+/// There is more to do after other events.
+fn ring_again(ring: &Ring) -> io::Result<()> {
+    ring.event().write(1)
+}
