@@ -9,11 +9,11 @@ use std::{
 };
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
-use netlink_packet_route::RouteNetlinkMessage;
 use rustix::fs::{Mode, OFlags, openat};
 
 use super::{
-    Host, messages,
+    Host,
+    messages::{self, Request},
     netlink::{Netlink, Refusal},
     wanted::{Address, Interface, Neighbour, Route, Wanted},
     within,
@@ -116,7 +116,7 @@ impl Change<'_> {
             // Its interface is not known any more: the kernel has removed the route with that.
             if let Ok(message) = messages::remove_route(route, |name| applied.index(name)) {
                 let action = || format!("remove the route to {route}");
-                remove(netlink, message).or_cannot(action)?;
+                remove(netlink, &message).or_cannot(action)?;
             }
             applied.routes.remove(at);
         }
@@ -128,7 +128,7 @@ impl Change<'_> {
             if let Ok(index) = applied.index(&neighbour.device) {
                 let message = messages::remove_neighbour(index, neighbour);
                 let action = || format!("remove the neighbour {}", neighbour.address);
-                remove(netlink, message).or_cannot(action)?;
+                remove(netlink, &message).or_cannot(action)?;
             }
             applied.neighbours.remove(at);
         }
@@ -177,7 +177,7 @@ impl Change<'_> {
             let action = || format!("move {device} to the container for {}", interface.name);
             let index = netlink.index(&name).or_cannot(action)?;
             let message = messages::move_link(index, self.namespace, &interim_name(device));
-            if let Err(error) = netlink.ask(message, 0) {
+            if let Err(error) = netlink.ask(&message, 0) {
                 // Wherever it is now, the next request finds it as new.
                 self.host.bus.unbind(device)?;
                 return Err(error).or_cannot(action);
@@ -198,7 +198,7 @@ impl Change<'_> {
         let name = interim_name(&device);
         let action = || format!("set {device} up as {}", interface.name);
         let index = netlink.index(&name).or_cannot(action)?;
-        match netlink.ask(messages::choose_no_address(index), 0) {
+        match netlink.ask(&messages::choose_no_address(index), 0) {
             // Without IPv6 in the namespace there is nothing to choose.
             Err(error) if error.is(libc::EAFNOSUPPORT) => {}
             chosen => chosen.or_cannot(action)?,
@@ -272,7 +272,7 @@ impl Change<'_> {
         for route in missing {
             let action = || format!("add the route to {route}");
             let message = messages::add_route(route, |name| applied.index(name))?;
-            add(netlink, message, NLM_F_CREATE | NLM_F_APPEND).or_cannot(action)?;
+            add(netlink, &message, NLM_F_CREATE | NLM_F_APPEND).or_cannot(action)?;
             if !applied.routes.contains(route) {
                 applied.routes.push(route.clone());
             }
@@ -290,7 +290,7 @@ impl Change<'_> {
                 } = neighbour;
                 format!("add the neighbour {address} of {device}")
             };
-            add(netlink, message, NLM_F_CREATE | NLM_F_REPLACE).or_cannot(action)?;
+            add(netlink, &message, NLM_F_CREATE | NLM_F_REPLACE).or_cannot(action)?;
             if !applied.neighbours.contains(neighbour) {
                 applied.neighbours.push(neighbour.clone());
             }
@@ -330,7 +330,7 @@ fn set_name(netlink: &mut Netlink, link: &mut Link, name: &str) -> Result<()> {
         return Ok(());
     }
     netlink
-        .ask(messages::rename(link.index, name), 0)
+        .ask(&messages::rename(link.index, name), 0)
         .or_cannot(|| format!("rename the interface {former} to {name}"))?;
     name.clone_into(former);
     link.disturbed = true;
@@ -345,21 +345,21 @@ fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface) -> Resul
     if wanted.device.is_some() && present.mac != wanted.mac {
         let action = || format!("set the address of the interface {name}");
         netlink
-            .ask(messages::set_mac(index, &wanted.mac), 0)
+            .ask(&messages::set_mac(index, &wanted.mac), 0)
             .or_cannot(action)?;
         present.mac.clone_from(&wanted.mac);
     }
     if present.mtu != wanted.mtu {
         let action = || format!("set the MTU of the interface {name} to {}", wanted.mtu);
         netlink
-            .ask(messages::set_mtu(index, wanted.mtu), 0)
+            .ask(&messages::set_mtu(index, wanted.mtu), 0)
             .or_cannot(action)?;
         present.mtu = wanted.mtu;
     }
     let gone = |address: &Address| !wanted.addresses.contains(address);
     while let Some(at) = present.addresses.iter().position(gone) {
         let address = &present.addresses[at];
-        remove(netlink, messages::remove_address(index, address))
+        remove(netlink, &messages::remove_address(index, address))
             .or_cannot(|| format!("remove the address {address} from {name}"))?;
         present.addresses.remove(at);
         // The kernel removes other addresses of the prefix, and routes, with it.
@@ -368,7 +368,7 @@ fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface) -> Resul
     if present.up != wanted.up {
         let state = if wanted.up { "up" } else { "down" };
         netlink
-            .ask(messages::set_up(index, wanted.up), 0)
+            .ask(&messages::set_up(index, wanted.up), 0)
             .or_cannot(|| format!("set the interface {name} {state}"))?;
         present.up = wanted.up;
         link.disturbed = true;
@@ -379,7 +379,7 @@ fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface) -> Resul
             continue;
         }
         let message = messages::add_address(index, address);
-        add(netlink, message, NLM_F_CREATE | NLM_F_REPLACE)
+        add(netlink, &message, NLM_F_CREATE | NLM_F_REPLACE)
             .or_cannot(|| format!("give {name} the address {address}"))?;
         if !known {
             present.addresses.push(address.clone());
@@ -388,11 +388,7 @@ fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface) -> Resul
     Ok(())
 }
 
-fn add(
-    netlink: &mut Netlink,
-    message: RouteNetlinkMessage,
-    flags: u16,
-) -> std::result::Result<(), Refusal> {
+fn add(netlink: &mut Netlink, message: &Request, flags: u16) -> std::result::Result<(), Refusal> {
     match netlink.ask(message, flags) {
         // The kernel, or the container, has made the same.
         Err(error) if error.is(libc::EEXIST) => Ok(()),
@@ -400,7 +396,7 @@ fn add(
     }
 }
 
-fn remove(netlink: &mut Netlink, message: RouteNetlinkMessage) -> std::result::Result<(), Refusal> {
+fn remove(netlink: &mut Netlink, message: &Request) -> std::result::Result<(), Refusal> {
     match netlink.ask(message, 0) {
         // The kernel, or the container, has removed it.
         Err(error)

@@ -1,13 +1,13 @@
-//! The messages of rtnetlink(7) for links, addresses, routes and neighbours.
+//! The requests of rtnetlink(7) about links, addresses, routes and neighbours.
 
 use std::{
     net::IpAddr,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use netlink_packet_core::DefaultNla;
+use netlink_packet_core::{DefaultNla, Emitable};
 use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
+    AddressFamily,
     address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage},
@@ -18,6 +18,26 @@ use netlink_packet_route::{
 };
 
 use super::wanted::{Address, Hop, Neighbour, Route};
+
+/// A request's type and what follows the header. In bytes: the library's type for any request
+/// would bring all that it knows into the program, a megabyte.
+pub(super) struct Request {
+    /// `RTM_*`.
+    pub(super) kind: u16,
+    pub(super) body: Vec<u8>,
+}
+
+impl Request {
+    fn new(kind: u16, message: &impl Emitable) -> Self {
+        let mut body = vec![0; message.buffer_len()];
+        message.emit(&mut body);
+        Self { kind, body }
+    }
+}
+
+fn set_link(index: u32, attribute: LinkAttribute) -> Request {
+    Request::new(libc::RTM_SETLINK, &link(index, vec![attribute]))
+}
 
 fn family(address: IpAddr) -> AddressFamily {
     match address {
@@ -34,46 +54,49 @@ fn link(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
 }
 
 /// Moves a link into a namespace, with a new name.
-pub(super) fn move_link(index: u32, into: BorrowedFd<'_>, name: &str) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::SetLink(link(
-        index,
-        vec![
-            LinkAttribute::NetNsFd(into.as_raw_fd()),
-            LinkAttribute::IfName(name.to_owned()),
-        ],
-    ))
+pub(super) fn move_link(index: u32, into: BorrowedFd<'_>, name: &str) -> Request {
+    Request::new(
+        libc::RTM_SETLINK,
+        &link(
+            index,
+            vec![
+                LinkAttribute::NetNsFd(into.as_raw_fd()),
+                LinkAttribute::IfName(name.to_owned()),
+            ],
+        ),
+    )
 }
 
 /// Renames a link.
-pub(super) fn rename(index: u32, name: &str) -> RouteNetlinkMessage {
+pub(super) fn rename(index: u32, name: &str) -> Request {
     let name = LinkAttribute::IfName(name.to_owned());
-    RouteNetlinkMessage::SetLink(link(index, vec![name]))
+    set_link(index, name)
 }
 
 /// Sets a link's address.
-pub(super) fn set_mac(index: u32, mac: &[u8]) -> RouteNetlinkMessage {
+pub(super) fn set_mac(index: u32, mac: &[u8]) -> Request {
     let mac = LinkAttribute::Address(mac.to_vec());
-    RouteNetlinkMessage::SetLink(link(index, vec![mac]))
+    set_link(index, mac)
 }
 
 /// Sets a link's MTU.
-pub(super) fn set_mtu(index: u32, mtu: u32) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::SetLink(link(index, vec![LinkAttribute::Mtu(mtu)]))
+pub(super) fn set_mtu(index: u32, mtu: u32) -> Request {
+    set_link(index, LinkAttribute::Mtu(mtu))
 }
 
 /// Keeps a link from choosing an IPv6 address of its own when it comes up.
-pub(super) fn choose_no_address(index: u32) -> RouteNetlinkMessage {
+pub(super) fn choose_no_address(index: u32) -> Request {
     let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
     let mode = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]);
-    RouteNetlinkMessage::SetLink(link(index, vec![mode]))
+    set_link(index, mode)
 }
 
 /// Sets a link up or down.
-pub(super) fn set_up(index: u32, up: bool) -> RouteNetlinkMessage {
+pub(super) fn set_up(index: u32, up: bool) -> Request {
     let mut message = link(index, Vec::new());
     message.header.change_mask = LinkFlags::Up;
     message.header.flags.set(LinkFlags::Up, up);
-    RouteNetlinkMessage::SetLink(message)
+    Request::new(libc::RTM_SETLINK, &message)
 }
 
 fn address(index: u32, address: &Address) -> AddressMessage {
@@ -97,13 +120,13 @@ fn address(index: u32, address: &Address) -> AddressMessage {
 }
 
 /// Gives a link an address.
-pub(super) fn add_address(index: u32, wanted: &Address) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::NewAddress(address(index, wanted))
+pub(super) fn add_address(index: u32, wanted: &Address) -> Request {
+    Request::new(libc::RTM_NEWADDR, &address(index, wanted))
 }
 
 /// Takes an address from a link.
-pub(super) fn remove_address(index: u32, wanted: &Address) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::DelAddress(address(index, wanted))
+pub(super) fn remove_address(index: u32, wanted: &Address) -> Request {
+    Request::new(libc::RTM_DELADDR, &address(index, wanted))
 }
 
 /// A route; `index` gives the numbers of interfaces.
@@ -180,16 +203,16 @@ fn gateway(route: &Route, hop: &Hop) -> Option<RouteAttribute> {
 pub(super) fn add_route<E>(
     wanted: &Route,
     index: impl FnMut(&str) -> Result<u32, E>,
-) -> Result<RouteNetlinkMessage, E> {
-    Ok(RouteNetlinkMessage::NewRoute(route(wanted, index)?))
+) -> Result<Request, E> {
+    Ok(Request::new(libc::RTM_NEWROUTE, &route(wanted, index)?))
 }
 
 /// Removes a route.
 pub(super) fn remove_route<E>(
     wanted: &Route,
     index: impl FnMut(&str) -> Result<u32, E>,
-) -> Result<RouteNetlinkMessage, E> {
-    Ok(RouteNetlinkMessage::DelRoute(route(wanted, index)?))
+) -> Result<Request, E> {
+    Ok(Request::new(libc::RTM_DELROUTE, &route(wanted, index)?))
 }
 
 fn neighbour(index: u32, neighbour: &Neighbour) -> NeighbourMessage {
@@ -212,11 +235,11 @@ fn neighbour(index: u32, neighbour: &Neighbour) -> NeighbourMessage {
 }
 
 /// Adds a neighbour.
-pub(super) fn add_neighbour(index: u32, wanted: &Neighbour) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::NewNeighbour(neighbour(index, wanted))
+pub(super) fn add_neighbour(index: u32, wanted: &Neighbour) -> Request {
+    Request::new(libc::RTM_NEWNEIGH, &neighbour(index, wanted))
 }
 
 /// Removes a neighbour.
-pub(super) fn remove_neighbour(index: u32, wanted: &Neighbour) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::DelNeighbour(neighbour(index, wanted))
+pub(super) fn remove_neighbour(index: u32, wanted: &Neighbour) -> Request {
+    Request::new(libc::RTM_DELNEIGH, &neighbour(index, wanted))
 }

@@ -4,12 +4,13 @@
 use std::{fmt, io};
 
 use netlink_packet_core::{
-    ErrorMessage, NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    NlaBuffer, NlasIterator,
+    DecodeError, Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
+    NetlinkHeader, NlaBuffer, NlasIterator,
 };
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::net::netdevice::name_to_index;
+
+use super::messages::Request;
 
 /// `NLMSGERR_ATTR_MSG`: the kernel's explanation in words.
 const EXPLANATION: u16 = 1;
@@ -80,25 +81,24 @@ impl Netlink {
         })
     }
 
-    /// Has the kernel do what the message says.
-    pub(super) fn ask(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<(), Refusal> {
+    /// Has the kernel do what is asked.
+    pub(super) fn ask(&mut self, request: &Request, flags: u16) -> Result<(), Refusal> {
         self.sequence = self.sequence.wrapping_add(1);
+        let length = HEADER + request.body.len();
         let mut header = NetlinkHeader::default();
+        header.length = u32::try_from(length).map_err(io::Error::other)?;
+        header.message_type = request.kind;
         header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
         header.sequence_number = self.sequence;
-        let mut request = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
+        let mut bytes = vec![0; length];
+        header.emit(&mut bytes);
+        bytes[HEADER..].copy_from_slice(&request.body);
         self.socket.send(&bytes, 0)?;
         loop {
             let (bytes, _) = self.socket.recv_from_full()?;
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes);
-            let answer = answer.map_err(|error| io::Error::other(error.to_string()))?;
-            if answer.header.sequence_number != self.sequence {
-                continue;
-            }
-            if let NetlinkPayload::Error(answer) = answer.payload {
+            let answer = NetlinkBuffer::new_checked(&bytes).map_err(unreadable)?;
+            if answer.sequence_number() == self.sequence && answer.message_type() == NLMSG_ERROR {
+                let answer = ErrorBuffer::new_checked(answer.payload()).map_err(unreadable)?;
                 return check(&answer);
             }
         }
@@ -110,14 +110,18 @@ impl Netlink {
     }
 }
 
-fn check(answer: &ErrorMessage) -> Result<(), Refusal> {
-    if answer.code.is_none() {
-        return Ok(());
+fn unreadable(error: DecodeError) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+fn check(answer: &ErrorBuffer<&[u8]>) -> Result<(), Refusal> {
+    match answer.code() {
+        None => Ok(()),
+        Some(code) => Err(Refusal {
+            cause: io::Error::from_raw_os_error(code.get().saturating_neg()),
+            explanation: explanation(answer.payload().get(HEADER..).unwrap_or_default()),
+        }),
     }
-    Err(Refusal {
-        cause: answer.to_io(),
-        explanation: explanation(answer.header.get(HEADER..).unwrap_or_default()),
-    })
 }
 
 fn explanation(attributes: &[u8]) -> Option<String> {
