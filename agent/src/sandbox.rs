@@ -12,7 +12,7 @@ use bulkhead_agent_protocol::{
 use rustix::process::Pid;
 
 use crate::{
-    container::{self, Container, Surroundings},
+    container::{self, Container, Others, Surroundings},
     error::{Error, Result},
     process::Process,
 };
@@ -95,7 +95,11 @@ impl Sandbox {
             }
             Entry::Vacant(free) => free.insert(Slot::Creating),
         };
-        let created = Container::create(&self.surroundings, &request).await;
+        let others = Others::find(&request.join_namespaces, |id| self.container(id));
+        let created = match others {
+            Ok(others) => Container::create(&self.surroundings, &request, &others).await,
+            Err(error) => Err(error),
+        };
         let mut containers = self.containers();
         match created {
             Ok(container) => {

@@ -6,6 +6,7 @@ mod limits;
 mod mounts;
 mod namespaces;
 mod network;
+mod pods;
 mod process;
 mod support;
 
@@ -70,6 +71,14 @@ const CASES: &[Case] = &[
     ("capabilities of files", &[], process::capabilities_of_files),
     ("propagation of the root", &[], mounts::propagation),
     ("attributes of mounts", &[], mounts::attributes),
+    ("containers share namespaces", &[], pods::shared_namespaces),
+    ("the end of one container of several", &[], pods::ends),
+    ("containers that cannot be joined", &[], pods::refusals),
+    (
+        "want of memory beside another container",
+        &["memory"],
+        pods::out_of_memory,
+    ),
     ("network", &[], network::everything),
     ("network changes", &[], network::changes),
     ("network requests that fail", &[], network::failures),

@@ -118,7 +118,7 @@ impl Init<'_> {
                     .or_cannot(|| format!("set {} (linux.timeOffsets)", line.trim_end()))?;
             }
         }
-        if plan.namespaces.has(libc::CLONE_NEWNET) {
+        if plan.namespaces.owns(libc::CLONE_NEWNET) {
             sys::raise_loopback().or_cannot(|| "raise the loopback interface")?;
         }
         if let Some(name) = &plan.hostname {
@@ -161,12 +161,12 @@ impl Init<'_> {
     /// Returns the mounts of the plan.
     fn fill_rootfs(&mut self, rootfs: &Tree, share: BorrowedFd<'_>) -> Result<Vec<OwnedFd>> {
         // With a namespace of its own, a new mount shows the container its cgroup as the root.
-        let shared = !self.plan.namespaces.cgroup;
+        let shared = !self.plan.namespaces.has_cgroup();
         let control_group = shared.then(|| open_directory(self.cgroup)).transpose()?;
         let sources = Sources {
             share,
             guest_network: self.plan.id_maps.is_some()
-                && !self.plan.namespaces.has(libc::CLONE_NEWNET),
+                && !self.plan.namespaces.owns(libc::CLONE_NEWNET),
             control_group: control_group.as_ref().map(AsFd::as_fd),
         };
         let mut made = Vec::with_capacity(self.plan.mounts.len());

@@ -14,7 +14,7 @@ use rustix::{
 };
 
 use super::{
-    channel, id_maps::IdMaps, identity, plan::Namespaces, process_io::ChildIo, program,
+    channel, id_maps::IdMaps, identity, namespaces::Namespaces, process_io::ChildIo, program,
     seccomp::Filter, terminal,
 };
 use crate::{
@@ -106,7 +106,7 @@ impl Join<'_> {
     }
 
     fn join(&self, target: &Target<'_>) -> Result<()> {
-        if target.namespaces.time {
+        if target.namespaces.has_time() {
             // Its "children" namespace, as the first process enters only at `execve`.
             let path = format!("{}/ns/time_for_children", target.pid);
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
@@ -131,7 +131,10 @@ impl Join<'_> {
         ] {
             kinds.set(kind, target.namespaces.has(flag));
         }
-        kinds.set(ThreadNameSpaceType::CONTROL_GROUP, target.namespaces.cgroup);
+        kinds.set(
+            ThreadNameSpaceType::CONTROL_GROUP,
+            target.namespaces.has_cgroup(),
+        );
         move_into_thread_name_spaces(target.pidfd, kinds)
             .or_cannot(|| "join the container's namespaces: it may have ended")?;
         if kinds.contains(ThreadNameSpaceType::USER) {

@@ -18,6 +18,7 @@ mod init;
 mod join;
 mod mount_options;
 mod mounts;
+mod namespaces;
 mod plan;
 mod prepared;
 mod process_io;
@@ -53,6 +54,7 @@ use rustix::{
 };
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
+pub(crate) use namespaces::Others;
 pub use process_io::ChildIo;
 
 use self::{
@@ -60,13 +62,14 @@ use self::{
     id_maps::IdMaps,
     init::Init,
     join::{Join, Target},
-    plan::{Namespaces, Plan},
+    namespaces::Namespaces,
+    plan::Plan,
     prepared::Prepared,
     spawn::{spawn, spawn_in},
 };
 use crate::{
     error::{Attempt, Error, Result},
-    network::{self, Network},
+    network::{self, Network, Parameters},
     process::{Process, Started},
     reaper::Reaper,
     stdio::{self, Streams},
@@ -111,6 +114,11 @@ pub struct Container {
     id_maps: Option<IdMaps>,
     keyring: Option<CString>,
     network: Arc<Network>,
+    /// The container whose network it is, unless it is its own.
+    network_of: Option<String>,
+    /// Kernel parameters of interfaces, by path below /proc/sys, that were not set yet: interfaces
+    /// come after the container was made.
+    parameters: Mutex<Parameters>,
     init: Arc<Process>,
     /// Held while the container is created and not started.
     waiting: Mutex<Option<channel::Parent>>,
@@ -122,11 +130,12 @@ const REMEMBERED: usize = 64;
 
 impl Container {
     /// Sets a container up to the point where its program only has to be executed.
-    pub async fn create(
+    pub(crate) async fn create(
         surroundings: &Surroundings,
         request: &CreateContainerRequest,
+        others: &Others,
     ) -> Result<Self> {
-        let plan = plan::plan(request, &cgroup::pristine())?;
+        let plan = plan::plan(request, &cgroup::pristine(), others)?;
         let share = surroundings.share()?;
         let (child_io, agent_io) = stdio::connect(
             &surroundings.streams,
@@ -145,7 +154,9 @@ impl Container {
         let prepared = Prepared::of(&plan, share, surroundings.proc.as_fd())?;
         let (parent, child) = channel::pair()?;
         let spawned = spawn(
+            surroundings.proc.as_fd(),
             plan.namespaces.at_birth,
+            others,
             cgroup.directory(),
             &child,
             |channel| {
@@ -161,10 +172,10 @@ impl Container {
                 .run()
             },
         );
-        let (pid, pidfd) = spawned.or_cannot(|| "fork the container's first process")?;
+        let (pid, pidfd) = spawned?;
         let ended = surroundings.reaper.expect(pid);
         drop(child);
-        let kill_all = !plan.namespaces.has(libc::CLONE_NEWPID);
+        let kill_all = !plan.namespaces.owns(libc::CLONE_NEWPID);
         let mut master = None;
         let set_up = async {
             if let Some(maps) = &plan.id_maps {
@@ -181,7 +192,10 @@ impl Container {
         };
         let keyring = keyring_name(&plan);
         let network = match set_up.await {
-            Ok(namespace) => Network::new(namespace, plan.interface_sysctls),
+            Ok(namespace) => match others.network() {
+                Some(other) => other.network.clone(),
+                None => Arc::new(Network::new(namespace)),
+            },
             Err(error) => {
                 cgroup.kill().await?;
                 return Err(error);
@@ -196,7 +210,9 @@ impl Container {
         Ok(Self {
             namespaces: plan.namespaces,
             personality: plan.personality,
-            network: Arc::new(network),
+            network,
+            network_of: others.network().map(|other| other.id.clone()),
+            parameters: Mutex::new(plan.interface_sysctls),
             keyring,
             id: plan.id,
             seccomp: plan.seccomp,
@@ -219,9 +235,12 @@ impl Container {
             };
             wrong_state(&self.id, state, "only a created one can be started")
         })?;
-        let proc = surroundings.proc.as_fd();
-        self.network
-            .set_parameters(&surroundings.network, proc, false)?;
+        self.set_parameters(surroundings)?;
+        if let Some((path, _)) = lock(&self.parameters).first() {
+            let field = format!("linux.sysctl {}", path.display());
+            let problem = "no interface of the container has this parameter";
+            return Err(Error::invalid(field, problem));
+        }
         channel.proceed()?;
         match channel.progress(drop).await? {
             Progress::Running => Ok(()),
@@ -238,8 +257,21 @@ impl Container {
         surroundings: &Surroundings,
         request: &SetNetworkRequest,
     ) -> Result<()> {
+        if let Some(other) = &self.network_of {
+            let state = format!("is on the network of container {other}");
+            return Err(wrong_state(&self.id, &state, "set that container's"));
+        }
         let proc = surroundings.proc.as_fd();
-        self.network.set(&surroundings.network, proc, request)
+        self.network.set(&surroundings.network, proc, request)?;
+        self.set_parameters(surroundings)
+    }
+
+    /// Sets those parameters of interfaces that are there.
+    fn set_parameters(&self, surroundings: &Surroundings) -> Result<()> {
+        let proc = surroundings.proc.as_fd();
+        let parameters = &mut lock(&self.parameters);
+        self.network
+            .set_parameters(&surroundings.network, proc, parameters)
     }
 
     /// Runs one more process in the container; returns when its program runs.
@@ -298,6 +330,15 @@ impl Container {
             let text = format!("container {} has no process {exec_id}", self.id);
             Error::new(ErrorKind::NoSuchProcess, text)
         })
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The first process.
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.init.pidfd()
     }
 
     /// Pid of the first process.
@@ -381,7 +422,9 @@ impl Container {
         }
         self.cgroup.kill().await?;
         self.init.wait().await;
-        self.network.clear(&surroundings.network)?;
+        if self.network_of.is_none() {
+            self.network.clear(&surroundings.network)?;
+        }
         self.cgroup.remove()
     }
 }

@@ -7,9 +7,7 @@ use bulkhead_agent_protocol::{
     messages::{CreateContainerRequest, Stdio},
     oci,
 };
-use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxNamespaceType, LinuxPersonalityDomain, Process, Spec,
-};
+use oci_spec::runtime::{Hook, Hooks, Linux, LinuxPersonalityDomain, Process, Spec};
 
 use super::{
     device_filter,
@@ -17,6 +15,7 @@ use super::{
     id_maps::{self, IdMaps},
     identity, mount_options,
     mounts::{self, MountPlan},
+    namespaces::{self, Namespaces, Others},
     resources::{self, Present, Setting},
     seccomp, sysctl,
 };
@@ -79,24 +78,6 @@ pub(super) struct Plan {
     pub(super) terminal: Option<(u16, u16)>,
 }
 
-/// Namespaces that the container has of its own; the others are the guest's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Namespaces {
-    /// CLONE_NEW* of those that a process is born into.
-    pub(super) at_birth: u64,
-    /// A cgroup namespace, entered once the process is in its cgroup.
-    pub(super) cgroup: bool,
-    /// A time namespace, entered at `execve`.
-    pub(super) time: bool,
-}
-
-impl Namespaces {
-    /// Whether one of those of birth is the container's own.
-    pub(super) fn has(&self, flag: i32) -> bool {
-        self.at_birth & u64::from(flag.unsigned_abs()) != 0
-    }
-}
-
 impl Plan {
     /// Whether the container sees its own cgroup alone, and may change it.
     pub(super) fn may_change_cgroup(&self) -> bool {
@@ -105,7 +86,11 @@ impl Plan {
 }
 
 /// Checks the request.
-pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Result<Plan> {
+pub(super) fn plan(
+    request: &CreateContainerRequest,
+    pristine: &Present,
+    others: &Others,
+) -> Result<Plan> {
     check_id(&request.container_id)?;
     refuse_what_is_to_come(request)?;
     let spec = read("config.json", oci::spec(&request.spec))?;
@@ -119,7 +104,7 @@ pub(super) fn plan(request: &CreateContainerRequest, pristine: &Present) -> Resu
         .as_ref()
         .ok_or_else(|| Error::invalid("linux", "is missing"))?;
     refuse_linux(linux)?;
-    let namespaces = namespaces(linux)?;
+    let namespaces = namespaces::plan(linux, others)?;
     check_names(&spec, &namespaces)?;
     let resources = linux.resources().as_ref();
     let (interface_sysctls, sysctls) = sysctl::plan(linux.sysctl().as_ref(), &namespaces)?
@@ -188,10 +173,6 @@ pub(super) fn read<T>(
 
 fn refuse_what_is_to_come(request: &CreateContainerRequest) -> Result<()> {
     let reason = "this agent cannot do that yet";
-    if let Some(kind) = request.join_namespaces.keys().next() {
-        let field = format!("joining a {kind} namespace");
-        return Err(Error::unsupported(field, reason));
-    }
     if request.rootfs_device.is_some() || !request.block_mounts.is_empty() {
         return Err(Error::unsupported("a filesystem on a disk", reason));
     }
@@ -276,61 +257,6 @@ fn refuse_linux(linux: &Linux) -> Result<()> {
         return Err(Error::unsupported("linux.netDevices", reason));
     }
     Ok(())
-}
-
-fn namespaces(linux: &Linux) -> Result<Namespaces> {
-    let mut found = Namespaces::default();
-    let mut seen = Vec::new();
-    let mut network = false;
-    for (index, namespace) in linux.namespaces().iter().flatten().enumerate() {
-        let field = format!("linux.namespaces[{index}]");
-        let kind = namespace.typ();
-        if seen.contains(&kind) {
-            return Err(Error::invalid(
-                format!("{field}.type"),
-                format!("{kind} is given twice"),
-            ));
-        }
-        seen.push(kind);
-        let path = namespace
-            .path()
-            .as_ref()
-            .filter(|path| !path.as_os_str().is_empty());
-        if kind == LinuxNamespaceType::Network {
-            // With a path, the namespace of the guest becomes an image of the host's.
-            network = true;
-        } else if path.is_some() {
-            let reason = format!(
-                "the host's {kind} namespaces are not in the guest, and no other container is; \
-                 leave the path out for a namespace of its own"
-            );
-            return Err(Error::unsupported(format!("{field}.path"), reason));
-        }
-        match kind {
-            LinuxNamespaceType::Cgroup => found.cgroup = true,
-            LinuxNamespaceType::Time => found.time = true,
-            _ => found.at_birth |= u64::from(kind as u32),
-        }
-    }
-    if !seen.contains(&LinuxNamespaceType::Mount) {
-        let reason = "a container needs a mount namespace of its own; add {\"type\": \"mount\"}";
-        return Err(Error::unsupported("linux.namespaces without mount", reason));
-    }
-    if !network {
-        let reason =
-            "the host's network cannot be shared with a microVM; add {\"type\": \"network\"}";
-        return Err(Error::unsupported(
-            "linux.namespaces without network",
-            reason,
-        ));
-    }
-    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|m| !m.is_empty());
-    let user = seen.contains(&LinuxNamespaceType::User);
-    if !user && (mapped(linux.uid_mappings()) || mapped(linux.gid_mappings())) {
-        let problem = "needs a user namespace, which linux.namespaces does not list";
-        return Err(Error::invalid("linux.uidMappings", problem));
-    }
-    Ok(found)
 }
 
 fn check_names(spec: &Spec, namespaces: &Namespaces) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::{
+    fs::{Mode, OFlags, openat},
     process::Pid,
     thread::{
         LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space,
@@ -10,22 +11,79 @@ use rustix::{
     },
 };
 
-use super::{Surroundings, cgroup, channel};
+use super::{
+    Surroundings, cgroup, channel,
+    namespaces::{Entry, Others},
+};
 use crate::{
     error::{Attempt, Result},
     sys::{self, Forked, Never},
 };
 
-/// Forks a child that runs `set_up`.
+/// Forks a child that runs `set_up` in new namespaces and in those of other containers.
 pub(super) fn spawn(
+    proc: BorrowedFd<'_>,
     namespaces: u64,
+    others: &Others,
     cgroup: BorrowedFd<'_>,
     channel: &channel::Child,
     set_up: impl FnOnce(&channel::Child) -> Result<Never>,
-) -> std::io::Result<(Pid, OwnedFd)> {
-    match sys::fork(namespaces, Some(cgroup))? {
-        Forked::Child => channel.run(|| set_up(channel)),
+) -> Result<(Pid, OwnedFd)> {
+    // Entered here rather than in the child: root of a new user namespace has no right to.
+    let mut way = WayBack::default();
+    let forked = others
+        .entries()
+        .try_for_each(|entry| way.enter(proc, &entry))
+        .and_then(|()| {
+            sys::fork(namespaces, Some(cgroup)).or_cannot(|| "fork the container's first process")
+        });
+    if let Ok(Forked::Child) = forked {
+        channel.run(|| set_up(channel));
+    }
+    way.back()?;
+    match forked? {
         Forked::Parent(pid, pidfd) => Ok((pid, pidfd)),
+        Forked::Child => sys::exit_now(1),
+    }
+}
+
+/// The agent's own namespaces, while it is in others.
+#[derive(Default)]
+struct WayBack(Vec<OwnedFd>);
+
+impl WayBack {
+    fn enter(&mut self, proc: BorrowedFd<'_>, entry: &Entry<'_>) -> Result<()> {
+        let Entry { file, kind, of } = entry;
+        let action = || {
+            let id = of.id();
+            format!("enter the {file} namespace of container {id}: it may have ended")
+        };
+        let open = |path: String| {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            openat(proc, path, flags, Mode::empty()).or_cannot(action)
+        };
+        let own = open(format!("self/ns/{file}"))?;
+        if *kind == ThreadNameSpaceType::TIME {
+            // A process that is yet to be executed is in its time namespace only afterwards.
+            let pid = of.pid().as_raw_nonzero();
+            let namespace = open(format!("{pid}/ns/time_for_children"))?;
+            // It was that process's if the process is still there.
+            sys::signal(of.pidfd(), 0).or_cannot(action)?;
+            let kind = Some(LinkNameSpaceType::Time);
+            move_into_link_name_space(namespace.as_fd(), kind).or_cannot(action)?;
+        } else {
+            move_into_thread_name_spaces(of.pidfd(), *kind).or_cannot(action)?;
+        }
+        self.0.push(own);
+        Ok(())
+    }
+
+    fn back(self) -> Result<()> {
+        let mut own = self.0.iter().rev();
+        own.try_for_each(|own| {
+            move_into_link_name_space(own.as_fd(), None)
+                .or_cannot(|| "return to the agent's own namespaces")
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use rustix::fs::{self, Mode, OFlags};
 
-use super::plan::Namespaces;
+use super::namespaces::Namespaces;
 use crate::error::{Attempt, Error, Result};
 
 /// Parameters of the IPC namespace (ipc_namespaces(7)) beside fs/mqueue.

@@ -23,8 +23,11 @@ pub use bus::Bus;
 use self::apply::{Applied, Change};
 use crate::{
     container::sysctl,
-    error::{Attempt, Error, Result},
+    error::{Attempt, Result},
 };
+
+/// Kernel parameters, by path below /proc/sys.
+pub(crate) type Parameters = Vec<(PathBuf, String)>;
 
 /// What networks use of the guest.
 #[derive(Debug)]
@@ -40,24 +43,15 @@ pub struct Host {
 pub struct Network {
     namespace: OwnedFd,
     applied: Mutex<Applied>,
-    /// Kernel parameters of interfaces, by path below /proc/sys, that were not set yet: interfaces
-    /// come after the container was made.
-    parameters: Mutex<Vec<(PathBuf, String)>>,
 }
 
 impl Network {
-    /// The namespace of a descriptor, as new. `parameters` are those of its interfaces.
-    pub(crate) fn new(namespace: OwnedFd, parameters: Vec<(PathBuf, String)>) -> Self {
+    /// The namespace of a descriptor, as new.
+    pub(crate) fn new(namespace: OwnedFd) -> Self {
         Self {
             namespace,
             applied: Mutex::default(),
-            parameters: Mutex::new(parameters),
         }
-    }
-
-    /// The namespace.
-    pub(crate) fn namespace(&self) -> BorrowedFd<'_> {
-        self.namespace.as_fd()
     }
 
     /// Makes the namespace what the request says. After an error a part of it may be made, which
@@ -76,9 +70,7 @@ impl Network {
             proc,
             wanted: &wanted,
         };
-        change.run(&mut applied)?;
-        drop(applied);
-        self.set_parameters(host, proc, true)
+        change.run(&mut applied)
     }
 
     /// Takes the devices of the namespace back.
@@ -87,22 +79,17 @@ impl Network {
         applied.clear(host)
     }
 
-    /// Sets the kernel parameters of interfaces. Those of interfaces that are not there wait if
-    /// more may come, and else are an error.
+    /// Sets kernel parameters, and leaves those that do not exist in the list.
     pub(crate) fn set_parameters(
         &self,
         host: &Host,
         proc: BorrowedFd<'_>,
-        more_may_come: bool,
+        parameters: &mut Parameters,
     ) -> Result<()> {
-        let mut parameters = self
-            .parameters
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
         if parameters.is_empty() {
             return Ok(());
         }
-        within(self.namespace(), host, || {
+        within(self.namespace.as_fd(), host, || {
             let mut missing = Vec::new();
             for (path, value) in parameters.drain(..) {
                 if is_there(proc, &path) {
@@ -113,15 +100,7 @@ impl Network {
             }
             *parameters = missing;
             Ok(())
-        })?;
-        match parameters.first() {
-            Some((path, _)) if !more_may_come => {
-                let field = format!("linux.sysctl {}", path.display());
-                let problem = "no interface of the container has this parameter";
-                Err(Error::invalid(field, problem))
-            }
-            _ => Ok(()),
-        }
+        })
     }
 }
 

@@ -312,9 +312,34 @@ impl Fixture {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
+        self.send_create(&request)
+    }
+
+    /// Creates with namespaces of other containers, by kind.
+    pub(crate) fn create_joining(
+        &self,
+        id: &str,
+        spec: &Value,
+        others: &[(&str, &str)],
+        stdio: Stdio,
+    ) -> Reply {
+        let others = others.iter();
+        self.send_create(&CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec: serde_json::to_vec(spec).expect("JSON"),
+            rootfs: "rootfs".to_owned(),
+            join_namespaces: others
+                .map(|(kind, id)| ((*kind).to_owned(), (*id).to_owned()))
+                .collect(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        })
+    }
+
+    fn send_create(&self, request: &CreateContainerRequest) -> Reply {
         match self
             .client
-            .create_container(with_timeout(DEADLINE), &request)
+            .create_container(with_timeout(DEADLINE), request)
         {
             Ok(response) => Reply::Created(response.pid),
             Err(error) => {
@@ -394,7 +419,7 @@ impl Drop for Fixture {
 }
 
 /// Three connected streams; input is written by a thread.
-struct Streams {
+pub(crate) struct Streams {
     numbers: [u64; 3],
     input: thread::JoinHandle<()>,
     stdout: UnixStream,
@@ -402,7 +427,7 @@ struct Streams {
 }
 
 impl Streams {
-    fn new(fixture: &Fixture, input: &[u8]) -> Self {
+    pub(crate) fn new(fixture: &Fixture, input: &[u8]) -> Self {
         let ((first, mut stdin), (second, stdout), (third, stderr)) =
             (fixture.stream(), fixture.stream(), fixture.stream());
         let input = input.to_vec();
@@ -420,7 +445,7 @@ impl Streams {
         }
     }
 
-    fn stdio(&self) -> Stdio {
+    pub(crate) fn stdio(&self) -> Stdio {
         let [stdin, stdout, stderr] = self.numbers;
         Stdio {
             stdin,
@@ -430,7 +455,7 @@ impl Streams {
         }
     }
 
-    fn collect(mut self, wait: impl FnOnce() -> i32) -> Run {
+    pub(crate) fn collect(mut self, wait: impl FnOnce() -> i32) -> Run {
         let stderr = thread::spawn(move || read_all(&mut self.stderr));
         let mut raw_stdout = Vec::new();
         self.stdout.read_to_end(&mut raw_stdout).expect("read");
