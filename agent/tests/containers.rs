@@ -420,12 +420,6 @@ fn refusals(fixture: &Fixture) {
             "linux.intelRdt",
         ),
         (
-            "/linux/mountLabel",
-            json!("label"),
-            "UNIMPLEMENTED",
-            "linux.mountLabel",
-        ),
-        (
             "/linux/sysctl",
             json!({"vm.swappiness": "1"}),
             "UNIMPLEMENTED",
@@ -442,12 +436,6 @@ fn refusals(fixture: &Fixture) {
             json!([]),
             "INVALID_ARGUMENT",
             "process.args",
-        ),
-        (
-            "/process/apparmorProfile",
-            json!("p"),
-            "UNIMPLEMENTED",
-            "process.apparmorProfile",
         ),
         (
             "/hooks",

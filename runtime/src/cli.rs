@@ -243,10 +243,10 @@ pub struct Exec {
     /// Descriptors to hand on: 0 only
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
-    /// AppArmor profile
+    /// AppArmor profile, which has no effect in a guest
     #[arg(long)]
     pub apparmor: Option<String>,
-    /// SELinux label
+    /// SELinux label, which has no effect in a guest
     #[arg(long)]
     pub process_label: Option<String>,
     /// Not supported: a cgroup below the container's

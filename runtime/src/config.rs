@@ -9,7 +9,10 @@ use std::{
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::{log::LogFormat, spec::UnknownProperties};
+use crate::{
+    log::LogFormat,
+    spec::{LsmLabels, UnknownProperties},
+};
 
 /// Where it is unless the command line says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
@@ -58,6 +61,8 @@ pub enum ConfigError {
 pub struct Config {
     /// What becomes of properties that the runtime-spec does not know.
     pub unknown_properties: UnknownProperties,
+    /// What becomes of labels of security modules.
+    pub lsm_labels: LsmLabels,
     /// Where the installation lies.
     pub paths: Paths,
     /// How big guests are.
@@ -244,6 +249,7 @@ mod tests {
         // A key that is added to a struct does not compile here until it is documented.
         let Config {
             unknown_properties: _,
+            lsm_labels: _,
             paths:
                 Paths {
                     kernel: Some(_),
@@ -271,6 +277,7 @@ mod tests {
         };
         for key in [
             "unknown_properties",
+            "lsm_labels",
             "memory_mib",
             "cpus",
             "allow",
@@ -313,6 +320,7 @@ mod tests {
                 "\"org.other\" is none of",
             ),
             ("unknown_properties = \"maybe\"", "unknown variant `maybe`"),
+            ("lsm_labels = true", "/c, line 1: "),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/oci-support.md");
 const REFUSED: &str = "refused";
+const WITHOUT_EFFECT: &str = "no effect";
 const NOT_LINUX: &str = "not Linux";
 
 /// Fields that the library has where the runtime-spec has none: they are unknown properties.
@@ -24,9 +25,10 @@ fn rows() -> BTreeMap<String, String> {
             panic!("not three cells: {line}");
         };
         let path = path.trim_matches('`').to_owned();
-        let known = ["guest", "host", "both", REFUSED, NOT_LINUX];
+        let known = ["guest", "host", "both", REFUSED, WITHOUT_EFFECT, NOT_LINUX];
         assert!(known.contains(&place), "{place:?} in: {line}");
-        assert!(place != REFUSED || !note.is_empty(), "no reason: {line}");
+        let reasoned = ![REFUSED, WITHOUT_EFFECT].contains(&place) || !note.is_empty();
+        assert!(reasoned, "no reason: {line}");
         let before = rows.insert(path, place.to_owned());
         assert!(before.is_none(), "twice: {line}");
     }
@@ -76,7 +78,7 @@ fn the_program_says_the_same() {
     let works = |field: &str| {
         let mut covering = rows.iter().filter(|(row, place)| covers(row, place, field));
         let (_, place) = covering.next().unwrap_or_else(|| panic!("no row: {field}"));
-        place != REFUSED && place != NOT_LINUX
+        ![REFUSED, WITHOUT_EFFECT, NOT_LINUX].contains(&place.as_str())
     };
     for (pointer, field) in [
         ("/linux/intelRdt/enabled", "linux.intelRdt.closID"),

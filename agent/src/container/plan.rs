@@ -232,14 +232,6 @@ fn refuse_foreign(spec: &Spec) -> Result<()> {
 }
 
 fn refuse_linux(linux: &Linux) -> Result<()> {
-    if linux
-        .mount_label()
-        .as_ref()
-        .is_some_and(|label| !label.is_empty())
-    {
-        let reason = "the guest kernel has no such security module; remove it";
-        return Err(Error::unsupported("linux.mountLabel", reason));
-    }
     if linux.intel_rdt().is_some() {
         let reason = "a guest has no control over the host's caches; remove it";
         return Err(Error::unsupported("linux.intelRdt", reason));

@@ -10,7 +10,7 @@ use crate::{
     lifecycle,
     monitor::{self, ContainerOrder, Order},
     spec::{
-        Loaded,
+        Labels, Loaded,
         check::{self, Checked},
     },
     state::{Container, MONITOR_LOCK, ProcessIdentity, Record},
@@ -59,6 +59,7 @@ pub(super) fn prepare(context: &Context, options: &Create) -> Result<Plan, Error
     }
     let loaded = Loaded::read(&options.bundle)?;
     loaded.judge_unknown(context.unknown_properties())?;
+    Labels::of_spec(&loaded.spec).judge(context.config.lsm_labels)?;
     let checked = check::check(&loaded)?;
     cgroup::check_path(
         checked.cgroups_path.as_deref(),

@@ -10,7 +10,7 @@ use crate::{
     cli::Exec,
     error,
     monitor::{self, ExecOrder, HostStdio, Order},
-    spec::{self, SpecError},
+    spec::{self, Labels, SpecError},
     state::{
         Container,
         ContainerStatus::{Created, Paused, Running, Stopped},
@@ -36,6 +36,10 @@ pub(super) fn exec(context: &Context, options: Exec) -> Result<u8, Error> {
 
 fn attempt(context: &Context, options: &Exec) -> Result<u8, Error> {
     refuse(options)?;
+    Labels::default()
+        .with("--apparmor", options.apparmor.as_deref())
+        .with("--process-label", options.process_label.as_deref())
+        .judge(context.config.lsm_labels)?;
     let container = context.root.open(&options.id)?;
     let record = container.record()?;
     let status = record.current_status();
@@ -139,22 +143,6 @@ fn refuse(options: &Exec) -> Result<(), Error> {
             reason: "processes share the container's cgroup",
         });
     }
-    for (option, value) in [
-        ("--apparmor", &options.apparmor),
-        ("--process-label", &options.process_label),
-    ] {
-        // What runs in a guest is unconfined: that wish is granted.
-        if value
-            .as_deref()
-            .is_some_and(|value| !matches!(value, "" | "unconfined"))
-        {
-            return Err(Error::Option {
-                option,
-                reason: "the guest's kernel has no such security module; what the profile guards \
-                         against, the virtual machine does",
-            });
-        }
-    }
     if options.process.is_none() && options.command.is_empty() {
         return Err(Error::Usage(
             "process args cannot be empty: name a program to run".to_owned(),
@@ -180,6 +168,7 @@ fn process(
         let rule = context.unknown_properties();
         let (bytes, process) = spec::read_process(file, version, rule)?;
         check(&process, file)?;
+        Labels::of_process(&process).judge(context.config.lsm_labels)?;
         let text = String::from_utf8(bytes).map_err(|_| SpecError::Read {
             path: file.clone(),
             source: std::io::ErrorKind::InvalidData.into(),

@@ -39,7 +39,7 @@ use crate::{
     log::LogFormat,
     monitor::{HandoverError, LaunchError},
     signal::UnknownSignal,
-    spec::{SpecError, UnknownProperties},
+    spec::{LabelError, SpecError, UnknownProperties},
     state::{Container, ContainerStatus, Record, StateError, StateRoot},
     stdio::TerminalError,
     timeline::Moment,
@@ -57,6 +57,8 @@ pub enum Error {
     State(#[from] StateError),
     #[error(transparent)]
     Spec(#[from] SpecError),
+    #[error(transparent)]
+    Label(#[from] LabelError),
     #[error(transparent)]
     Launch(#[from] LaunchError),
     #[error(transparent)]

@@ -4,6 +4,7 @@
 
 pub mod check;
 mod file;
+mod labels;
 
 use std::{
     fs, io,
@@ -15,6 +16,8 @@ use clap::ValueEnum;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use serde::Deserialize;
 use thiserror::Error;
+
+pub use labels::{LabelError, Labels, LsmLabels};
 
 /// Major and minor version of the runtime-spec that is implemented.
 pub const VERSION: (u32, u32) = (1, 2);

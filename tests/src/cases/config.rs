@@ -13,7 +13,7 @@ use crate::scene::Scene;
 
 super::cases!(config;
     common: ;
-    vm: guest_size, annotations, unknown_properties, log, mistakes, systemd_cgroup);
+    vm: guest_size, annotations, unknown_properties, lsm_labels, log, mistakes, systemd_cgroup);
 
 fn file(scene: &Scene, text: &str) -> Result<PathBuf> {
     let path = scene.path("config.toml");
@@ -96,6 +96,44 @@ fn unknown_properties(scene: &Scene) -> Result<()> {
     // A newer version of the specification may know it.
     let newer = bundle.with(|spec| spec["ociVersion"] = json!("1.9.0"));
     run_with(scene, "", &newer)?.ok()?;
+    scene.expect_nothing_left()
+}
+
+/// What engines write on hosts with AppArmor or SELinux.
+fn lsm_labels(scene: &Scene) -> Result<()> {
+    let labelled = |bundle: Bundle| {
+        bundle.with(|spec| {
+            spec["process"]["apparmorProfile"] = json!("containers-default-0.50.1");
+            spec["process"]["selinuxLabel"] = json!("system_u:system_r:container_t:s0:c1,c2");
+            spec["linux"]["mountLabel"] = json!("system_u:object_r:container_file_t:s0:c1,c2");
+        })
+    };
+    let named = [
+        "process.apparmorProfile",
+        "process.selinuxLabel",
+        "linux.mountLabel",
+    ];
+    let bundle = labelled(scene.bundle()?.shell("echo up"));
+    let output = run_with(scene, "", &bundle)?.ok()?;
+    ensure!(output.text() == "up\n", "{output}");
+    for name in named {
+        ensure!(output.errors().contains(name), "{name}: {output}");
+    }
+    let errors = run_with(scene, "lsm_labels = \"refuse\"\n", &bundle)?.fails()?;
+    for name in named {
+        ensure!(errors.contains(name), "{name}: {errors}");
+    }
+    let container = scene.start(&labelled(scene.bundle()?.shell("sleep 1000")))?;
+    for option in ["--apparmor", "--process-label"] {
+        let args = ["exec", option, "some", &container.id, "/bin/echo", "ran"];
+        let output = scene.call(&args)?.ok()?;
+        ensure!(output.text() == "ran\n", "{output}");
+        ensure!(output.errors().contains(option), "{output}");
+    }
+    let args = ["exec", "--apparmor", "", &container.id, "/bin/true"];
+    let output = scene.call(&args)?.ok()?;
+    ensure!(output.errors().is_empty(), "{output}");
+    scene.destroy(&container.id)?;
     scene.expect_nothing_left()
 }
 

@@ -123,8 +123,6 @@ fn refused_options(scene: &Scene) -> Result<()> {
     let container = idle(scene)?;
     for options in [
         ["--preserve-fds", "1"],
-        ["--apparmor", "profile"],
-        ["--process-label", "label"],
         ["--cgroup", "below"],
         ["--user", "root"],
     ] {
@@ -134,8 +132,6 @@ fn refused_options(scene: &Scene) -> Result<()> {
         let errors = scene.call(&args)?.fails()?;
         ensure!(errors.contains(options[0]), "{options:?}: {errors}");
     }
-    let args = ["exec", "--apparmor", "", &container.id, "/bin/true"];
-    scene.call(&args)?.ok()?;
     scene.call(&["pause", &container.id])?.ok()?;
     scene.call(&["exec", &container.id, "/bin/true"])?.fails()?;
     let script = ["exec", "--ignore-paused", "-d", &container.id, "/bin/true"];
