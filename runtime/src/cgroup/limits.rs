@@ -9,7 +9,7 @@ use oci_spec::runtime::{
     LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice, Spec,
 };
 
-use super::Version;
+use super::{Version, devices};
 use crate::guest_size::GuestSize;
 
 /// Memory of the VMM beside its guest's, page cache of the files it serves included.
@@ -91,6 +91,11 @@ pub struct Limits {
     huge_pages: Vec<(String, i64)>,
     /// I/O files of version 2 by name, which the guest leaves to the host.
     unified_io: Vec<(String, String)>,
+    /// Class of the host's packets, and priorities of interfaces: version 1 only.
+    class: Option<u32>,
+    priorities: Vec<(String, u32)>,
+    /// For a new cgroup; `update` changes the guest's rules alone.
+    pub(super) devices: Vec<devices::Rule>,
 }
 
 impl Limits {
@@ -100,8 +105,9 @@ impl Limits {
             .linux()
             .as_ref()
             .and_then(|linux| linux.resources().as_ref());
-        resources.map_or_else(Self::default, |resources| {
-            Self::from_resources(resources, guest)
+        resources.map_or_else(Self::default, |resources| Self {
+            devices: devices::rules(resources.devices().as_deref().unwrap_or_default()),
+            ..Self::from_resources(resources, guest)
         })
     }
 
@@ -138,6 +144,12 @@ impl Limits {
             }
         }
         limits.unified_io.sort();
+        if let Some(network) = resources.network() {
+            limits.class = network.class_id().filter(|class| *class != 0);
+            let priorities = network.priorities().iter().flatten();
+            let priorities = priorities.map(|one| (one.name().clone(), one.priority()));
+            limits.priorities = priorities.collect();
+        }
         limits
     }
 
@@ -327,10 +339,32 @@ impl Limits {
                 // Files of version 2: that they are not there is the error.
                 settings.extend(self.unified_io());
             }
+            "net_cls" => settings.extend(self.class.map(|class| setting("net_cls.classid", class))),
+            "net_prio" => {
+                let priorities = self.priorities.iter();
+                settings.extend(priorities.map(|(interface, priority)| {
+                    setting("net_prio.ifpriomap", format!("{interface} {priority}"))
+                }));
+            }
             "hugetlb" => settings.extend(self.huge_pages("limit_in_bytes", "-1")),
             _ => {}
         }
         settings
+    }
+
+    /// Version 2 marks no packets: runc says nothing, we say that it has no effect.
+    pub(super) fn warn_of_network(&self, has: impl Fn(&str) -> bool) {
+        for (asked, field, controller) in [
+            (self.class.is_some(), "classID", "net_cls"),
+            (!self.priorities.is_empty(), "priorities", "net_prio"),
+        ] {
+            if asked && !has(controller) {
+                tracing::warn!(
+                    "linux.resources.network.{field} has no effect: this host has no hierarchy \
+                     {controller} (cgroup version 1)"
+                );
+            }
+        }
     }
 
     /// CPU time in a cgroup with these controllers.
@@ -495,6 +529,25 @@ mod tests {
     fn more_processes_than_the_vmm_needs_are_the_hosts_limit_too() {
         let limits = limits(json!({"pids": {"limit": 1000}}));
         assert_eq!(v2(&limits), [setting("pids.max", 1000)]);
+    }
+
+    #[test]
+    fn packets_are_marked_by_version_1() {
+        let limits = limits(json!({"network": {"classID": 255,
+            "priorities": [{"name": "lo", "priority": 10}]}}));
+        assert!(v2(&limits).is_empty());
+        assert_eq!(v1(&limits, "net_cls"), [setting("net_cls.classid", 255)]);
+        let expected = setting("net_prio.ifpriomap", "lo 10");
+        assert_eq!(v1(&limits, "net_prio"), [expected]);
+    }
+
+    #[test]
+    fn device_rules_are_for_new_cgroups() {
+        let resources = json!({"devices": [{"allow": false, "access": "rwm"}]});
+        assert!(!limits(resources.clone()).devices.is_empty());
+        let guest = GuestSize::default();
+        let changed = Limits::from_resources(&serde_json::from_value(resources).unwrap(), guest);
+        assert_eq!(changed, Limits::default());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! looks for the cgroup of the container's process finds it. Where it lies is in `place.rs`, what is
 //! written into it in `limits.rs`; here it is made, filled, changed and removed.
 
+mod devices;
 mod limits;
 mod place;
 
@@ -185,7 +186,21 @@ impl Cgroup {
         {
             set(place, &setting)?;
         }
+        for (_, place) in self.with_controller("devices") {
+            devices::write(place, &limits.devices)?;
+        }
+        limits.warn_of_network(|controller| self.with_controller(controller).next().is_some());
         Ok(())
+    }
+
+    /// The cgroups of version 1 that have a controller: one at most.
+    fn with_controller<'s>(
+        &'s self,
+        controller: &'s str,
+    ) -> impl Iterator<Item = &'s (Hierarchy, PathBuf)> {
+        let has = move |name: &String| name == controller;
+        let places = self.places.iter();
+        places.filter(move |(hierarchy, _)| hierarchy.controllers.iter().any(has))
     }
 
     /// Limits CPU time. Apart from the rest because it comes later: a guest that boots on a small

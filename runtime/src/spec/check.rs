@@ -212,15 +212,15 @@ fn refuse_resources(resources: &LinuxResources) -> Result<(), SpecError> {
             ));
         }
     }
-    if let Some(network) = resources.network() {
-        let priorities = network
-            .priorities()
-            .as_ref()
-            .is_some_and(|list| !list.is_empty());
-        if network.class_id().is_some_and(|class| class != 0) || priorities {
-            return Err(unsupported(
-                "linux.resources.network",
-                "it names the host's network devices, and guests have loopback only; remove it",
+    let network = resources.network().as_ref();
+    let priorities = network.and_then(|network| network.priorities().as_ref());
+    for (index, priority) in priorities.into_iter().flatten().enumerate() {
+        // It becomes part of a line: netdevice(7), and names have no space and no slash.
+        let name = priority.name();
+        if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\n', '\0']) {
+            return Err(invalid(
+                format!("linux.resources.network.priorities[{index}].name"),
+                format!("{name:?} is no name of a network interface"),
             ));
         }
     }
@@ -367,9 +367,10 @@ mod tests {
                 Some("hugepageLimits[0].pageSize"),
             ),
             (
-                json!({"network": {"classID": 1}}),
-                Some("resources.network"),
+                json!({"network": {"priorities": [{"name": "a b", "priority": 1}]}}),
+                Some("resources.network.priorities[0].name"),
             ),
+            (json!({"network": {"classID": 1}}), None),
             (json!({"network": {}}), None),
             (
                 json!({"rdma": {"mlx5": {"hcaHandles": 1}}}),
