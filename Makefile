@@ -9,12 +9,16 @@ CACHE := $(or $(BULKHEAD_CACHE),$(HOME)/.cache/bulkhead)
 TESTHOST := tests/host/testhost
 AGENT := target/x86_64-unknown-linux-gnu/release/bulkhead-agent
 CARGO_DENY_VERSION := 0.20.2
-SCRIPTS := guest-kernel/build rootfs/build .ci/run tests/conformance/build-suite tests/conformance/run $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all check-files)
+CARGO_DEB_VERSION := 3.8.0
+CARGO_DEB := $(CACHE)/tools/cargo-deb-$(CARGO_DEB_VERSION)/bin/cargo-deb
+SCRIPTS := guest-kernel/build rootfs/build .ci/run tests/conformance/build-suite tests/conformance/run packaging/install packaging/make-deb $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all test-install test-installed check-files)
 
-.PHONY: help deps build kernel rootfs host demo test check bench conformance host-shell host-run clean
+.PHONY: help all deps build kernel rootfs pages install uninstall deb test-install host demo test check bench conformance host-shell host-run clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+all: build kernel rootfs pages ## everything that is installed
 
 deps: ## install the Debian packages that are missing
 	@tests/host/deps
@@ -28,8 +32,26 @@ kernel: deps ## the guest's kernel (about 8 minutes, then cached)
 rootfs: build ## the guest's root images
 	@rootfs/build $(AGENT)
 
+pages: deps ## man pages and completions
+	cargo run --quiet --locked --package bulkhead-packaging -- target/pages
+
+# By whoever may write there; builds nothing. PROFILE=fast takes what cargo has built by that profile.
+install: ## install what `make all` has built: PREFIX=/usr/local, DESTDIR=, DEBUG_IMAGE=1
+	@packaging/install install
+
+uninstall: ## remove it again
+	@packaging/install uninstall
+
+deb: all $(CARGO_DEB) ## the Debian package, target/deb/bulkhead_*.deb
+	@packaging/make-deb $(CARGO_DEB)
+
+test-install: deb host ## install the package in the test host and use it there
+	@tests/host/test-install target/deb/bulkhead_*.deb
+
 host: deps ## the test host: a VM with a working /dev/kvm (about 3 minutes, then cached)
 	@$(TESTHOST) build
+
+export PREFIX DESTDIR SYSCONFDIR PROFILE DEBUG_IMAGE
 
 demo: build kernel rootfs ## run a container in its own microVM and show what it sees
 	@tests/host/demo
@@ -64,3 +86,8 @@ $(CACHE)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny:
 	@echo "building cargo-deny $(CARGO_DENY_VERSION) (a few minutes, then cached)" >&2
 	@mkdir -p $(CACHE)/tools
 	cargo install --quiet --locked --version $(CARGO_DENY_VERSION) --root $(CACHE)/tools/cargo-deny-$(CARGO_DENY_VERSION) cargo-deny
+
+$(CARGO_DEB):
+	@echo "building cargo-deb $(CARGO_DEB_VERSION) (a few minutes, then cached)" >&2
+	@mkdir -p $(CACHE)/tools
+	cargo install --quiet --locked --version $(CARGO_DEB_VERSION) --root $(CACHE)/tools/cargo-deb-$(CARGO_DEB_VERSION) cargo-deb

@@ -216,14 +216,6 @@ fn hugepage_settings(
 }
 
 fn refuse_the_rest(resources: &LinuxResources) -> Result<()> {
-    if let Some(network) = resources.network() {
-        if network.class_id().is_some_and(|id| id != 0) {
-            return Err(unsupported("network.classID", V1_ONLY));
-        }
-        if network.priorities().as_ref().is_some_and(|p| !p.is_empty()) {
-            return Err(unsupported("network.priorities", V1_ONLY));
-        }
-    }
     if resources.rdma().as_ref().is_some_and(|r| !r.is_empty()) {
         return Err(unsupported(
             "rdma",
@@ -373,7 +365,6 @@ mod tests {
                 r#"{"hugepageLimits": [{"pageSize": "2", "limit": 0}]}"#,
                 "hugepageLimits[0].pageSize",
             ),
-            (r#"{"network": {"classID": 1}}"#, "network.classID"),
             (r#"{"rdma": {"mlx5": {"hcaHandles": 1}}}"#, "rdma"),
             (
                 r#"{"unified": {"../cgroup.procs": "1"}}"#,
