@@ -1,16 +1,17 @@
 //! Resource limits are felt inside.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::runtime::Runtime;
-use crate::scene::Scene;
+use crate::scene::{Scene, skip};
 
 super::cases!(limits;
     common: memory, pids, cpu_quota, cpuset, rlimits, tmpfs_size;
-    vm: on_the_host);
+    vm: on_the_host, version_1);
 
 fn limited(spec: &mut Value, name: &str, limits: Value) {
     spec["linux"]["resources"][name] = limits;
@@ -147,6 +148,37 @@ fn tmpfs_size(scene: &Scene) -> Result<()> {
         "what fitted: {output}"
     );
     Ok(())
+}
+
+/// What only cgroup v1 has on the host: rules for devices, in their order, and marks of packets.
+fn version_1(scene: &Scene) -> Result<()> {
+    if !Path::new("/sys/fs/cgroup/devices").exists() {
+        return skip("this host has no cgroup v1");
+    }
+    let bundle = scene.bundle()?.shell("echo up; sleep 1000").with(|spec| {
+        spec["linux"]["resources"] = json!({
+            "devices": [
+                { "allow": false, "access": "rwm" },
+                { "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" },
+            ],
+            "network": { "classID": 255, "priorities": [{ "name": "lo", "priority": 10 }] },
+        });
+    });
+    let path = bundle.spec["linux"]["cgroupsPath"].clone();
+    let path = path.as_str().context("cgroupsPath")?.to_owned();
+    let mut container = scene.start(&bundle)?;
+    container.streams.wait_for("up\n")?;
+    let read = |controller: &str, file: &str| {
+        crate::bundle::read(Path::new(&format!(
+            "/sys/fs/cgroup/{controller}{path}/{file}"
+        )))
+    };
+    let devices = read("devices", "devices.list")?;
+    ensure!(devices.starts_with("c 10:229 rw\n"), "{devices}");
+    ensure!(read("net_cls", "net_cls.classid")? == "255\n");
+    let priorities = read("net_prio", "net_prio.ifpriomap")?;
+    ensure!(priorities.contains("lo 10\n"), "{priorities}");
+    scene.destroy(&container.id)
 }
 
 /// Whoever looks into the host's cgroup at `cgroupsPath` finds the limits that hold for the whole
