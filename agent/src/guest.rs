@@ -17,7 +17,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr};
 use tracing::level_filters::LevelFilter;
 
 use crate::{
-    container::{self, CGROUP_MOUNT_POINT, Surroundings},
+    container::{self, CGROUP_MOUNT_POINT, Disks, Surroundings},
     error::{Attempt, Result},
     network::{Bus, Host},
     reaper::Reaper,
@@ -29,9 +29,6 @@ use crate::{
 
 /// Where the share is mounted in the guest.
 const SHARE: &str = "/run/share";
-
-/// Where devices of the VMM appear.
-const PLATFORM_BUS: &str = "/sys/bus/platform";
 
 /// How many files the agent may have open: a process takes about six.
 const OPEN_FILES: u64 = 65_536;
@@ -61,8 +58,8 @@ pub async fn run(started_us: u64) -> Result<()> {
     let stdio = listen(STDIO_PORT)?;
     greet(started_us)?;
     prepare()?;
-    let bus = Bus::new(Path::new(PLATFORM_BUS));
-    let surroundings = Arc::new(surroundings(Path::new(SHARE), mount_share(), bus)?);
+    let surroundings = surroundings(Path::new(SHARE), mount_share(), Path::new("/sys"))?;
+    let surroundings = Arc::new(surroundings);
     let sandbox = Arc::new(Sandbox::new(surroundings));
     service::serve(sandbox, rpc.into(), stdio).await
 }
@@ -133,7 +130,8 @@ fn mount_share() -> Result<()> {
 }
 
 /// What set-ups of containers use. A guest may lack a share: then its containers are what fails.
-pub fn surroundings(share: &Path, mounted: Result<()>, bus: Bus) -> Result<Surroundings> {
+/// Devices are found in the sysfs at `sys`.
+pub fn surroundings(share: &Path, mounted: Result<()>, sys: &Path) -> Result<Surroundings> {
     let open = |path: &Path, flags: OFlags| {
         openat(CWD, path, flags | OFlags::CLOEXEC, Mode::empty())
             .or_cannot(|| format!("open {}", path.display()))
@@ -144,8 +142,9 @@ pub fn surroundings(share: &Path, mounted: Result<()>, bus: Bus) -> Result<Surro
         pid_namespace: open(Path::new("/proc/self/ns/pid"), OFlags::RDONLY)?,
         network: Host {
             namespace: open(Path::new("/proc/self/ns/net"), OFlags::RDONLY)?,
-            bus,
+            bus: Bus::new(sys),
         },
+        disks: Disks::new(sys),
         reaper: Arc::new(Reaper::default()),
         streams: Arc::new(Streams::default()),
     })

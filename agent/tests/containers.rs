@@ -2,6 +2,7 @@
 //! of new PID, mount, cgroup, IPC, UTS and network namespaces, where it serves as in a guest, and
 //! drives it from outside. Needs root, cgroup v2 and a static busybox; says so if it must skip.
 
+mod disks;
 mod limits;
 mod mounts;
 mod namespaces;
@@ -79,6 +80,9 @@ const CASES: &[Case] = &[
         &["memory"],
         pods::out_of_memory,
     ),
+    ("filesystems on disks", &[], disks::mounts),
+    ("a root filesystem on a disk", &[], disks::root),
+    ("disks that cannot be mounted", &[], disks::refusals),
     ("network", &[], network::everything),
     ("network changes", &[], network::changes),
     ("network requests that fail", &[], network::failures),

@@ -3,6 +3,7 @@
 
 use std::{
     ffi::CString,
+    io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     path::Path,
 };
@@ -19,7 +20,7 @@ use super::{
     hooks::Hooks,
     id_maps::write_of,
     mounts::{self, Sources},
-    plan::Plan,
+    plan::{Plan, Rootfs},
     prepared::Prepared,
     process_io::ChildIo,
     program,
@@ -145,15 +146,25 @@ impl Init<'_> {
 
     /// Mounts the rootfs and all that goes into it.
     fn set_up_rootfs(&mut self, share: BorrowedFd<'_>) -> Result<(Tree, Vec<OwnedFd>)> {
-        let action = || {
-            format!(
-                "mount the rootfs {} of the share (root.path)",
-                self.plan.rootfs
-            )
+        let rootfs = match &self.plan.rootfs {
+            Rootfs::Share(path) => {
+                let action = || format!("mount the rootfs {path} of the share (root.path)");
+                // Its mount of its own, or whatever binds the root gets that as a second mount on
+                // top.
+                let place = mounts::open_shared_mount(share, path).or_cannot(action)?;
+                mounts::mount_over(&place).or_cannot(action)?
+            }
+            Rootfs::Disk(_) => {
+                let action = || "mount the rootfs of a disk (root.path)";
+                let mount = self.prepared.rootfs.take();
+                let mount = mount.ok_or(io::ErrorKind::NotFound).or_cannot(action)?;
+                // Anywhere will do: the directory is reached by its descriptor only.
+                let place = open_directory(self.share)?;
+                mounts::attach(&mount, &place).or_cannot(action)?;
+                mount
+            }
         };
-        // Its mount of its own, or whatever binds the root gets that as a second mount on top.
-        let place = mounts::open_shared_mount(share, &self.plan.rootfs).or_cannot(action)?;
-        let rootfs = Tree::new(mounts::mount_over(&place).or_cannot(action)?);
+        let rootfs = Tree::new(rootfs);
         let mounts = self.fill_rootfs(&rootfs, share)?;
         Ok((rootfs, mounts))
     }

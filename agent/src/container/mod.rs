@@ -11,6 +11,7 @@ mod copy_up;
 mod covers;
 mod device_filter;
 mod devices;
+mod disks;
 mod hooks;
 mod id_maps;
 mod identity;
@@ -54,11 +55,13 @@ use rustix::{
 };
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
+pub use disks::Disks;
 pub(crate) use namespaces::Others;
 pub use process_io::ChildIo;
 
 use self::{
     channel::Progress,
+    disks::DisksInUse,
     id_maps::IdMaps,
     init::Init,
     join::{Join, Target},
@@ -87,6 +90,8 @@ pub struct Surroundings {
     pub pid_namespace: OwnedFd,
     /// What their networks are made with.
     pub network: network::Host,
+    /// Where filesystems on disks are found.
+    pub disks: Disks,
     /// Where ends of processes are reported.
     pub reaper: Arc<Reaper>,
     /// Streams that the host has connected.
@@ -119,6 +124,7 @@ pub struct Container {
     /// Kernel parameters of interfaces, by path below /proc/sys, that were not set yet: interfaces
     /// come after the container was made.
     parameters: Mutex<Parameters>,
+    disks: Mutex<DisksInUse>,
     init: Arc<Process>,
     /// Held while the container is created and not started.
     waiting: Mutex<Option<channel::Parent>>,
@@ -151,7 +157,8 @@ impl Container {
         }
         cgroup.apply(&plan.settings)?;
         cgroup.filter_devices(&plan.device_rules)?;
-        let prepared = Prepared::of(&plan, share, surroundings.proc.as_fd())?;
+        let mut disks = DisksInUse::default();
+        let prepared = Prepared::of(&plan, share, surroundings, &mut disks)?;
         let (parent, child) = channel::pair()?;
         let spawned = spawn(
             surroundings.proc.as_fd(),
@@ -213,6 +220,7 @@ impl Container {
             network,
             network_of: others.network().map(|other| other.id.clone()),
             parameters: Mutex::new(plan.interface_sysctls),
+            disks: Mutex::new(disks),
             keyring,
             id: plan.id,
             seccomp: plan.seccomp,
@@ -422,6 +430,7 @@ impl Container {
         }
         self.cgroup.kill().await?;
         self.init.wait().await;
+        lock(&self.disks).release()?;
         if self.network_of.is_none() {
             self.network.clear(&surroundings.network)?;
         }

@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_agent_protocol::{ErrorKind, messages::BlockDevice};
 use oci_spec::runtime::Mount;
 use rustix::{
     fs::{self, FileType, Mode, OFlags, ResolveFlags},
@@ -20,7 +21,8 @@ use rustix::{
 };
 
 use super::{
-    copy_up,
+    Surroundings, copy_up,
+    disks::{Disk, DiskSource, Disks, DisksInUse, Filesystem},
     id_maps::{self, IdMaps},
     mount_options::{self, Bind, MountOptions},
     rootfs::{Missing, Tree},
@@ -47,6 +49,8 @@ pub(super) struct MountPlan {
 enum Source {
     /// A path of the share.
     Share { path: String, recursive: bool },
+    /// A filesystem on a disk.
+    Disk(DiskSource),
     /// The container's own cgroup.
     ControlGroup,
     /// A filesystem of a type with, perhaps, a source.
@@ -60,13 +64,14 @@ enum Source {
 pub(super) fn plan(
     mounts: &[Mount],
     bind_sources: &HashMap<u32, String>,
+    disks: &HashMap<u32, BlockDevice>,
     in_user_namespace: bool,
 ) -> Result<Vec<MountPlan>> {
     let numbered = (0u32..).zip(mounts);
     numbered
         .map(|(index, mount)| {
             let shared = bind_sources.get(&index);
-            plan_one(index, mount, shared, in_user_namespace)
+            plan_one(index, mount, shared, disks.get(&index), in_user_namespace)
         })
         .collect()
 }
@@ -75,6 +80,7 @@ fn plan_one(
     index: u32,
     mount: &Mount,
     shared: Option<&String>,
+    disk: Option<&BlockDevice>,
     in_user_namespace: bool,
 ) -> Result<MountPlan> {
     let field = format!("mounts[{index}]");
@@ -84,8 +90,41 @@ fn plan_one(
         return Err(Error::invalid(format!("{field}.destination"), problem));
     }
     let options = mount_options::parse(&field, mount.options().as_deref().unwrap_or_default())?;
+    let disk = disk
+        .map(|disk| disk_of(&field, disk, &options))
+        .transpose()?;
+    let source = match disk {
+        Some(disk) => Source::Disk(disk),
+        None => source_of(&field, mount, &options, shared)?,
+    };
+    refuse_idle_options(&field, &source, &options)?;
+    let id_maps = id_maps::of_mount(&field, mount)?;
+    let mapped = id_maps.is_some() || options.id_map.is_some();
+    if mapped && !matches!(source, Source::Share { .. } | Source::Disk(_)) {
+        let reason = "only bind mounts and disks can be id-mapped; remove it";
+        return Err(Error::unsupported(format!("{field}.uidMappings"), reason));
+    }
+    if id_maps.is_none() && options.id_map.is_some() && !in_user_namespace {
+        let problem = "idmap needs uidMappings and gidMappings, or a user namespace";
+        return Err(Error::invalid(format!("{field}.options"), problem));
+    }
+    Ok(MountPlan {
+        field,
+        destination,
+        source,
+        options,
+        id_maps,
+    })
+}
+
+fn source_of(
+    field: &str,
+    mount: &Mount,
+    options: &MountOptions,
+    shared: Option<&String>,
+) -> Result<Source> {
     let kind = mount.typ().clone().unwrap_or_default();
-    let source = match (options.bind, kind.as_str()) {
+    Ok(match (options.bind, kind.as_str()) {
         (None, "" | "none") => {
             let problem = "missing; name a filesystem, or add the option bind";
             return Err(Error::invalid(format!("{field}.type"), problem));
@@ -104,25 +143,44 @@ fn plan_one(
                 .map(|s| s.to_string_lossy().into_owned()),
             kind,
         },
+    })
+}
+
+/// A root filesystem on a disk.
+pub(super) fn of_root(disk: &BlockDevice) -> Result<MountPlan> {
+    let field = "root.path".to_owned();
+    let options = mount_options::parse(&field, &disk.options)?;
+    let bare = BlockDevice {
+        options: Vec::new(),
+        ..disk.clone()
     };
+    let source = Source::Disk(disk_of(&field, &bare, &options)?);
     refuse_idle_options(&field, &source, &options)?;
-    let id_maps = id_maps::of_mount(&field, mount)?;
-    let mapped = id_maps.is_some() || options.id_map.is_some();
-    if mapped && !matches!(source, Source::Share { .. }) {
-        let reason = "only bind mounts can be id-mapped; remove it";
-        return Err(Error::unsupported(format!("{field}.uidMappings"), reason));
-    }
-    if id_maps.is_none() && options.id_map.is_some() && !in_user_namespace {
-        let problem = "idmap needs uidMappings and gidMappings, or a user namespace";
-        return Err(Error::invalid(format!("{field}.options"), problem));
+    let foreign = options.bind.is_some() || options.id_map.is_some();
+    if foreign || !options.propagation.is_empty() {
+        let problem = "an option is none of a root filesystem";
+        return Err(Error::invalid(field, problem));
     }
     Ok(MountPlan {
         field,
-        destination,
+        destination: PathBuf::from("/"),
         source,
         options,
-        id_maps,
+        id_maps: None,
     })
+}
+
+fn disk_of(field: &str, disk: &BlockDevice, options: &MountOptions) -> Result<DiskSource> {
+    if !disk.options.is_empty() {
+        let problem = "a mount has its options in the spec only";
+        return Err(Error::invalid(format!("{field}.options"), problem));
+    }
+    if options.data.iter().any(|option| option == "errors=panic") {
+        let reason = "an error of the filesystem must not end the guest; use errors=remount-ro";
+        let field = format!("{field}.options errors=panic");
+        return Err(Error::unsupported(field, reason));
+    }
+    DiskSource::new(&format!("{field}.source"), disk)
 }
 
 /// An option that nobody would read must not look as if it held. Data of a filesystem (`mode=755`)
@@ -171,34 +229,84 @@ impl MountPlan {
         matches!(self.source, Source::Share { .. }) && self.destination == Path::new("/dev")
     }
 
-    /// An id-mapped mount, detached, if it is to be one: with the guest's privileges, which the
+    /// The mount, detached, if it is on a disk or id-mapped: with the guest's privileges, which the
     /// set-up in a user namespace does not have. `of_container` are the container's own maps.
-    pub(super) fn id_mapped(
+    pub(super) fn prepare(
         &self,
         share: BorrowedFd<'_>,
-        proc: BorrowedFd<'_>,
+        surroundings: &Surroundings,
         of_container: Option<&IdMaps>,
+        disks: &mut DisksInUse,
     ) -> Result<Option<OwnedFd>> {
         let asked = self.id_maps.is_some() || self.options.id_map.is_some();
-        let maps = self.id_maps.as_ref().or(of_container);
-        let (Source::Share { path, recursive }, Some(maps), true) = (&self.source, maps, asked)
-        else {
-            return Ok(None);
+        let maps = self.id_maps.as_ref().or(of_container).filter(|_| asked);
+        let mount = match &self.source {
+            Source::Disk(disk) => self.on_disk(disk, &surroundings.disks, disks)?,
+            Source::Share { path, recursive } if maps.is_some() => {
+                self.clone_leaving_nothing(path, *recursive, share)?
+            }
+            _ => return Ok(None),
         };
-        let namespace = maps.namespace(proc)?;
-        let mount = self.clone_leaving_nothing(path, *recursive, share)?;
+        if let Some(maps) = maps {
+            let namespace = maps.namespace(surroundings.proc.as_fd())?;
+            self.map_ids(&mount, namespace.as_fd())?;
+        }
+        Ok(Some(mount))
+    }
+
+    fn map_ids(&self, mount: &OwnedFd, namespace: BorrowedFd<'_>) -> Result<()> {
         let below = self.options.id_map == Some(true);
-        match sys::map_mount_ids(mount.as_fd(), below, namespace.as_fd()) {
+        match sys::map_mount_ids(mount.as_fd(), below, namespace) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 let reason = "the filesystem of its source cannot be id-mapped; \
                     give the files other owners, or choose another filesystem";
                 let field = format!("{}.uidMappings", self.field);
                 Err(Error::unsupported(field, reason))
             }
-            mapped => mapped
-                .or_cannot(|| format!("map the ids of {path} ({}.uidMappings)", self.field))
-                .map(|()| Some(mount)),
+            mapped => mapped.or_cannot(|| format!("map the ids of {}", self.field)),
         }
+    }
+
+    /// Mounts what is on a disk.
+    fn on_disk(
+        &self,
+        source: &DiskSource,
+        disks: &Disks,
+        in_use: &mut DisksInUse,
+    ) -> Result<OwnedFd> {
+        let Disk {
+            name,
+            path,
+            filesystem,
+            read_only,
+        } = disks.find(source, in_use)?;
+        let mut options = self.options.clone();
+        let asked = options.attributes.set & libc::MOUNT_ATTR_RDONLY != 0;
+        if asked || filesystem == Filesystem::Erofs {
+            options.superblock.push("ro");
+        } else if read_only {
+            let problem = format!("the disk {name} can only be read: add ro");
+            return Err(Error::invalid(format!("{}.options", self.field), problem));
+        }
+        let says = |option: &String| option.starts_with("errors=");
+        if filesystem == Filesystem::Ext4 && !options.data.iter().any(says) {
+            // The image may say that an error is to end the guest.
+            options.data.push("errors=remount-ro".to_owned());
+        }
+        let kind = filesystem.name();
+        let mount = self.filesystem(kind, Some(&path), &options).map_err(|error| {
+            let text = format!(
+                "{}: the disk {name} cannot be mounted as {kind}: {}; is the image whole, and has \
+                 fsck seen it?",
+                self.field,
+                error.chain()
+            );
+            Error::new(ErrorKind::InvalidSpec, text)
+        })?;
+        set_attributes(&mount, false, options.attributes)
+            .or_cannot(|| format!("set the options of the disk {name} ({})", self.field))?;
+        in_use.keep(&mount)?;
+        Ok(mount)
     }
 
     /// Makes the mount inside of `rootfs`, from what the agent has prepared, if it has. Its
@@ -219,12 +327,17 @@ impl MountPlan {
                 let mode = fs::fstat(&mount).or_cannot(action)?.st_mode;
                 (mount, FileType::from_raw_mode(mode) == FileType::Directory)
             }
+            Source::Disk(_) => {
+                let mount = prepared.ok_or(io::ErrorKind::NotFound);
+                (mount.or_cannot(action)?, true)
+            }
             Source::ControlGroup => (self.control_group(sources)?, true),
             Source::Filesystem { kind, .. } if kind == "sysfs" && sources.guest_network => {
                 (self.sysfs_of_guest()?, true)
             }
             Source::Filesystem { kind, source } => {
-                (self.filesystem(kind, source.as_deref())?, true)
+                let source = source.as_deref();
+                (self.filesystem(kind, source, &self.options)?, true)
             }
         };
         let missing = if directory {
@@ -311,11 +424,16 @@ impl MountPlan {
         match sources.control_group {
             Some(directory) => clone_mount(directory, false)
                 .or_cannot(|| format!("bind the container's cgroup ({})", self.field)),
-            None => self.filesystem("cgroup2", Some("cgroup")),
+            None => self.filesystem("cgroup2", Some("cgroup"), &self.options),
         }
     }
 
-    fn filesystem(&self, kind: &str, source: Option<&str>) -> Result<OwnedFd> {
+    fn filesystem(
+        &self,
+        kind: &str,
+        source: Option<&str>,
+        options: &MountOptions,
+    ) -> Result<OwnedFd> {
         let context =
             kernel::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
                 Errno::NODEV => Error::unsupported(
@@ -332,12 +450,12 @@ impl MountPlan {
                 kernel::fsconfig_set_string(&context, "source", source)
             })?;
         }
-        for flag in &self.options.superblock {
+        for flag in &options.superblock {
             self.configure(&context, flag, || {
                 kernel::fsconfig_set_flag(&context, *flag)
             })?;
         }
-        for option in &self.options.data {
+        for option in &options.data {
             // devpts takes `newinstance` from no one any more: every mount is one. cgroup v1 names
             // of controllers do not get here, since cgroup mounts carry no data.
             if kind == "devpts" && option == "newinstance" {

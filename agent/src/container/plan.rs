@@ -26,8 +26,8 @@ use crate::error::{Error, Result};
 pub(super) struct Plan {
     /// The container's id.
     pub(super) id: String,
-    /// Its root filesystem, relative to the share.
-    pub(super) rootfs: String,
+    /// Its root filesystem.
+    pub(super) rootfs: Rootfs,
     /// Whether its root becomes read-only.
     pub(super) read_only: bool,
     /// Propagation of its root, as a flag and "recursive".
@@ -85,6 +85,15 @@ impl Plan {
     }
 }
 
+/// Where a root filesystem is.
+#[derive(Debug)]
+pub(super) enum Rootfs {
+    /// Relative to the share.
+    Share(String),
+    /// On a disk.
+    Disk(Box<MountPlan>),
+}
+
 /// Checks the request.
 pub(super) fn plan(
     request: &CreateContainerRequest,
@@ -92,7 +101,6 @@ pub(super) fn plan(
     others: &Others,
 ) -> Result<Plan> {
     check_id(&request.container_id)?;
-    refuse_what_is_to_come(request)?;
     let spec = read("config.json", oci::spec(&request.spec))?;
     refuse_foreign(&spec)?;
     let process = spec
@@ -115,7 +123,10 @@ pub(super) fn plan(
         .unwrap_or_default();
     Ok(Plan {
         id: request.container_id.clone(),
-        rootfs: request.rootfs.clone(),
+        rootfs: match request.rootfs_device.as_ref() {
+            Some(disk) => Rootfs::Disk(Box::new(mounts::of_root(disk)?)),
+            None => Rootfs::Share(request.rootfs.clone()),
+        },
         read_only: spec
             .root()
             .as_ref()
@@ -131,6 +142,7 @@ pub(super) fn plan(
         mounts: mounts::plan(
             spec.mounts().as_deref().unwrap_or_default(),
             &request.bind_sources,
+            &request.block_mounts,
             namespaces.has(libc::CLONE_NEWUSER),
         )?,
         devices: devices::plan(linux.devices().as_deref().unwrap_or_default())?,
@@ -169,14 +181,6 @@ pub(super) fn read<T>(
         tracing::warn!("process.capabilities: {name:?} is unknown and left out");
     }
     Ok(read.value)
-}
-
-fn refuse_what_is_to_come(request: &CreateContainerRequest) -> Result<()> {
-    let reason = "this agent cannot do that yet";
-    if request.rootfs_device.is_some() || !request.block_mounts.is_empty() {
-        return Err(Error::unsupported("a filesystem on a disk", reason));
-    }
-    Ok(())
 }
 
 /// Ids become names of directories.

@@ -1,13 +1,19 @@
 //! What the agent makes for the set-up of a container before it forks it, as it takes the guest's
-//! privileges, which the set-up does not have in a user namespace: id-mapped mounts and devices.
+//! privileges, which the set-up does not have in a user namespace: id-mapped mounts, filesystems of
+//! disks and devices.
 
 use std::{
     collections::HashMap,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::Path,
 };
 
-use super::{devices, init::open_directory, plan::Plan};
+use super::{
+    Surroundings, devices,
+    disks::DisksInUse,
+    init::open_directory,
+    plan::{Plan, Rootfs},
+};
 use crate::error::Result;
 
 /// Detached mounts.
@@ -15,25 +21,36 @@ use crate::error::Result;
 pub(super) struct Prepared {
     /// By index in the plan's mounts.
     mounts: HashMap<usize, OwnedFd>,
+    /// The root filesystem, if it is on a disk.
+    pub(super) rootfs: Option<OwnedFd>,
     /// One for each of the plan's devices; none if the set-up makes them itself.
     pub(super) devices: Option<Vec<OwnedFd>>,
 }
 
 impl Prepared {
     /// Makes what the plan asks for.
-    pub(super) fn of(plan: &Plan, share: &Path, proc: BorrowedFd<'_>) -> Result<Self> {
-        use std::os::fd::AsFd;
+    pub(super) fn of(
+        plan: &Plan,
+        share: &Path,
+        surroundings: &Surroundings,
+        disks: &mut DisksInUse,
+    ) -> Result<Self> {
         let share = open_directory(share)?;
         let mut mounts = HashMap::new();
         for (index, mount) in plan.mounts.iter().enumerate() {
-            if let Some(made) = mount.id_mapped(share.as_fd(), proc, plan.id_maps.as_ref())? {
-                mounts.insert(index, made);
-            }
+            let maps = plan.id_maps.as_ref();
+            let made = mount.prepare(share.as_fd(), surroundings, maps, disks)?;
+            mounts.extend(made.map(|made| (index, made)));
         }
+        let rootfs = match &plan.rootfs {
+            Rootfs::Share(_) => None,
+            Rootfs::Disk(mount) => mount.prepare(share.as_fd(), surroundings, None, disks)?,
+        };
         let maps = plan.id_maps.as_ref();
         let devices = maps.map(|maps| devices::for_user_namespace(&plan.devices, maps));
         Ok(Self {
             mounts,
+            rootfs,
             devices: devices.transpose()?,
         })
     }
@@ -46,6 +63,7 @@ impl Prepared {
     /// For the list of descriptors that stay open.
     pub(super) fn raw(&self) -> impl Iterator<Item = RawFd> {
         let devices = self.devices.iter().flatten();
-        self.mounts.values().chain(devices).map(AsRawFd::as_raw_fd)
+        let mounts = self.mounts.values().chain(&self.rootfs);
+        mounts.chain(devices).map(AsRawFd::as_raw_fd)
     }
 }

@@ -169,7 +169,7 @@ impl Change<'_> {
             if applied.links.contains_key(device) {
                 continue;
             }
-            let name = self.host.bus.bind(device)?;
+            let name = self.host.bus.bind_interface(device)?;
             let netlink = match &mut netlink {
                 Some(open) => open,
                 None => netlink.insert(open()?),

@@ -1,4 +1,4 @@
-//! Network devices by their place on the platform bus: brings the driver to a device that the VMM
+//! Devices by their place on the platform bus: brings the driver to a device that the VMM
 //! has just put into a place, and takes it away again before the device goes.
 
 use std::{
@@ -11,35 +11,48 @@ use bulkhead_agent_protocol::ErrorKind;
 use crate::error::{Attempt, Error, Result};
 
 /// The platform bus as sysfs shows it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Bus {
     directory: PathBuf,
 }
 
 impl Bus {
-    /// The bus whose directory this is, /sys/bus/platform in a guest.
-    pub fn new(directory: &Path) -> Self {
+    /// That of a sysfs.
+    pub fn new(sys: &Path) -> Self {
         Self {
-            directory: directory.to_owned(),
+            directory: sys.join("bus/platform"),
         }
+    }
+
+    /// Whether a name can be that of a place.
+    pub(crate) fn check(device: &str) -> std::result::Result<(), String> {
+        let number = device.strip_prefix("virtio-mmio.").unwrap_or_default();
+        let valid = (1..=5).contains(&number.len()) && number.bytes().all(|b| b.is_ascii_digit());
+        valid
+            .then_some(())
+            .ok_or_else(|| format!("{device:?} is no virtio-mmio.N"))
     }
 
     fn driver(&self, file: &str) -> PathBuf {
         self.directory.join("drivers/virtio-mmio").join(file)
     }
 
-    /// Has the driver look at the device, which it does before this returns, and finds the name of
-    /// the network interface that came of it.
-    pub(super) fn bind(&self, device: &str) -> Result<String> {
+    /// Has the driver look at the device, which it does before this returns.
+    pub(crate) fn bind(&self, device: &str) -> Result<()> {
         match write(&self.driver("bind"), device) {
             // The device was there when the guest booted.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
                 let text = format!("there is no device in place {device}: attach it first");
-                return Err(Error::new(ErrorKind::WrongState, text));
+                Err(Error::new(ErrorKind::WrongState, text))
             }
-            bound => bound.or_cannot(|| format!("bind {device} to its driver"))?,
+            bound => bound.or_cannot(|| format!("bind {device} to its driver")),
         }
+    }
+
+    /// Binds a network device, and finds the name of its interface.
+    pub(super) fn bind_interface(&self, device: &str) -> Result<String> {
+        self.bind(device)?;
         let place = self.directory.join("devices").join(device);
         let found = interface_of(&place).or_cannot(|| format!("look for {device}"))?;
         found.ok_or_else(|| {
@@ -49,7 +62,7 @@ impl Bus {
     }
 
     /// Takes the driver from the device, and its interface with that, wherever that is.
-    pub(super) fn unbind(&self, device: &str) -> Result<()> {
+    pub(crate) fn unbind(&self, device: &str) -> Result<()> {
         match write(&self.driver("unbind"), device) {
             // It is not bound.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),

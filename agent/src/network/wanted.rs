@@ -11,6 +11,7 @@ use bulkhead_agent_protocol::messages::{
     self, InterfaceAddress, NetworkInterface, SetNetworkRequest,
 };
 
+use super::Bus;
 use crate::error::{Error, Result};
 
 /// What a network namespace is to be.
@@ -192,12 +193,8 @@ fn interface_of(field: &str, asked: &NetworkInterface) -> Result<Interface> {
             .then_some(interface)
             .ok_or_else(|| Error::invalid(format!("{field}.device"), problem));
     }
-    let number = asked.device.strip_prefix("virtio-mmio.");
-    if !number.is_some_and(|n| (1..=5).contains(&n.len()) && n.bytes().all(|b| b.is_ascii_digit()))
-    {
-        let problem = format!("{:?} is no virtio-mmio.N", asked.device);
-        return Err(Error::invalid(format!("{field}.device"), problem));
-    }
+    Bus::check(&asked.device)
+        .map_err(|problem| Error::invalid(format!("{field}.device"), problem))?;
     check_name(&asked.name).map_err(|problem| Error::invalid(format!("{field}.name"), problem))?;
     interface.device = Some(asked.device.clone());
     interface.mac = mac(&format!("{field}.mac"), &asked.mac)?;

@@ -5,7 +5,6 @@ mod serve;
 
 use std::{
     cell::Cell,
-    collections::HashMap,
     io::{BufRead, BufReader, Read, Write},
     net::Shutdown,
     os::unix::{fs::symlink, net::UnixStream},
@@ -261,13 +260,27 @@ impl Fixture {
             "mkdir -p devices/{device}/virtio5/net/{interface} drivers/virtio-mmio; \
             touch drivers/virtio-mmio/bind drivers/virtio-mmio/unbind"
         );
-        std::fs::create_dir_all(self.directory.join("bus")).expect("made");
-        shell(&self.directory.join("bus"), &script);
+        self.in_sysfs("bus/platform", &script);
+    }
+
+    fn in_sysfs(&self, directory: &str, script: &str) {
+        let directory = self.directory.join("sys").join(directory);
+        std::fs::create_dir_all(&directory).expect("made");
+        shell(&directory, script);
+    }
+
+    /// Pretends that a block device is a disk with this serial number.
+    pub(crate) fn add_disk(&self, serial: &str, device: &str, read_only: bool) {
+        let read_only = u8::from(read_only);
+        let script = format!("echo {serial} > serial; echo {read_only} > ro");
+        self.in_sysfs(&format!("block/{device}"), &script);
     }
 
     /// The last device that was unbound.
     pub(crate) fn unbound_device(&self) -> String {
-        let file = self.directory.join("bus/drivers/virtio-mmio/unbind");
+        let file = self
+            .directory
+            .join("sys/bus/platform/drivers/virtio-mmio/unbind");
         std::fs::read_to_string(file).expect("read")
     }
 
@@ -301,18 +314,10 @@ impl Fixture {
     }
 
     fn create(&self, id: &str, spec: &Value, binds: &[(u32, &str)], stdio: Stdio) -> Reply {
-        let request = CreateContainerRequest {
-            container_id: id.to_owned(),
-            spec: serde_json::to_vec(spec).expect("JSON"),
-            rootfs: "rootfs".to_owned(),
-            bind_sources: binds
-                .iter()
-                .map(|(i, s)| (*i, (*s).to_owned()))
-                .collect::<HashMap<_, _>>(),
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        };
-        self.send_create(&request)
+        let binds = binds.iter().map(|(i, s)| (*i, (*s).to_owned()));
+        self.create_with(id, spec, stdio, |request| {
+            request.bind_sources = binds.collect();
+        })
     }
 
     /// Creates with namespaces of other containers, by kind.
@@ -324,16 +329,29 @@ impl Fixture {
         stdio: Stdio,
     ) -> Reply {
         let others = others.iter();
-        self.send_create(&CreateContainerRequest {
+        let others = others.map(|(kind, id)| ((*kind).to_owned(), (*id).to_owned()));
+        self.create_with(id, spec, stdio, |request| {
+            request.join_namespaces = others.collect();
+        })
+    }
+
+    /// Creates by a request that is completed here.
+    pub(crate) fn create_with(
+        &self,
+        id: &str,
+        spec: &Value,
+        stdio: Stdio,
+        complete: impl FnOnce(&mut CreateContainerRequest),
+    ) -> Reply {
+        let mut request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec: serde_json::to_vec(spec).expect("JSON"),
             rootfs: "rootfs".to_owned(),
-            join_namespaces: others
-                .map(|(kind, id)| ((*kind).to_owned(), (*id).to_owned()))
-                .collect(),
             stdio: Some(stdio).into(),
             ..Default::default()
-        })
+        };
+        complete(&mut request);
+        self.send_create(&request)
     }
 
     fn send_create(&self, request: &CreateContainerRequest) -> Reply {

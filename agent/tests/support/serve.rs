@@ -6,9 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use bulkhead_agent::{
-    container::CGROUP_MOUNT_POINT, guest, network::Bus, sandbox::Sandbox, service,
-};
+use bulkhead_agent::{container::CGROUP_MOUNT_POINT, guest, sandbox::Sandbox, service};
 use rustix::{
     mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount, unmount},
     thread::{UnshareFlags, unshare_unsafe},
@@ -36,8 +34,8 @@ pub(crate) fn run(directory: &Path) -> ! {
     };
     let (rpc, stdio) = (listen("rpc"), listen("stdio"));
     println!("ready");
-    let surroundings = guest::surroundings(&share, Ok(()), Bus::new(&directory.join("bus")))
-        .expect("surroundings");
+    let surroundings =
+        guest::surroundings(&share, Ok(()), &directory.join("sys")).expect("surroundings");
     let sandbox = Arc::new(Sandbox::new(Arc::new(surroundings)));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
