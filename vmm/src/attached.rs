@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use tracing::{info, warn};
 
@@ -11,6 +12,7 @@ use crate::control::Received;
 use crate::failure::Chain;
 use crate::machine::{Machine, MachineError};
 use crate::virtio::VirtioDevice;
+use crate::virtio::blk::{Block, Disk, DiskError, Serial};
 use crate::virtio::net::{MacAddress, MacError, Net, Tap, TapError};
 
 /// Characters of a name.
@@ -39,16 +41,19 @@ pub enum AttachError {
     /// The tap.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// Not yet.
-    #[error("this VMM cannot attach {0} yet")]
-    NotYet(&'static str),
+    /// The disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A disk is one descriptor.
+    #[error("a disk came with {0} descriptors, it takes one")]
+    DiskCount(usize),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
 
 /// What is attached.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Attached {
     /// Places by name.
     places: BTreeMap<String, usize>,
@@ -57,6 +62,14 @@ pub struct Attached {
 }
 
 impl Attached {
+    /// Nothing is attached to a VM with so many disks.
+    pub fn after(disks: usize) -> Self {
+        Self {
+            places: BTreeMap::new(),
+            next: u16::try_from(disks).unwrap_or(0),
+        }
+    }
+
     /// Carries out a command about devices, gives the answer; gives other commands back.
     pub fn carry_out(
         &mut self,
@@ -74,9 +87,11 @@ impl Attached {
                     .and_then(|()| self.interface(&mac, mtu, descriptors));
                 (id, device)
             }
-            VmCommand::AttachDisk { id, .. } => {
-                let refused = Err(AttachError::NotYet("disks"));
-                (id, refused)
+            VmCommand::AttachDisk { id, read_only } => {
+                let device = self
+                    .check(&id)
+                    .and_then(|()| self.disk(&id, read_only, descriptors));
+                (id, device)
             }
             VmCommand::Detach { id } => return Ok(self.detach(machine, id)),
             command @ (VmCommand::Go | VmCommand::Stop) => return Err(command),
@@ -110,9 +125,26 @@ impl Attached {
             return Err(AttachError::Mtu(mtu));
         }
         let tap = Tap::new(descriptors)?;
+        Ok(Box::new(Net::new(self.next_index(), tap, mac, mtu)))
+    }
+
+    fn disk(
+        &mut self,
+        id: &str,
+        read_only: bool,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Box<dyn VirtioDevice>, AttachError> {
+        let serial = Serial::new(id)?;
+        let [descriptor] = <[OwnedFd; 1]>::try_from(descriptors)
+            .map_err(|descriptors| AttachError::DiskCount(descriptors.len()))?;
+        let disk = Disk::new(Path::new(id), descriptor.into(), read_only)?;
+        Ok(Box::new(Block::new(self.next_index(), serial, disk)))
+    }
+
+    fn next_index(&mut self) -> u16 {
         let index = self.next;
         self.next = index.wrapping_add(1);
-        Ok(Box::new(Net::new(index, tap, mac, mtu)))
+        index
     }
 
     fn detach(&mut self, machine: &Machine, id: String) -> VmEvent {
@@ -143,11 +175,14 @@ impl Attached {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
+    use crate::virtio::testing::Directory;
 
     #[test]
     fn names() {
-        let mut attached = Attached::default();
+        let mut attached = Attached::after(1);
         let long = "x".repeat(LONGEST_ID);
         for good in ["eth0", "a.b_c:d-e", long.as_str()] {
             attached.check(good).expect(good);
@@ -163,7 +198,7 @@ mod tests {
 
     #[test]
     fn interfaces_are_looked_at_before_they_are_made() {
-        let mut attached = Attached::default();
+        let mut attached = Attached::after(1);
         let mut attach = |mac: &str, mtu| {
             let result = attached.interface(mac, mtu, vec![]);
             Chain(&result.err().expect("refused")).to_string()
@@ -174,5 +209,31 @@ mod tests {
             "an MTU of 67 is not possible: give one of 68 to 65535"
         );
         assert!(attach("02:00:00:00:00:01", 68).contains("0 descriptors of a tap"));
+    }
+
+    #[test]
+    fn disks_are_looked_at_before_they_are_made() {
+        let directory = Directory::new();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, [0; 1024]).expect("write");
+        let open = || OwnedFd::from(File::open(&path).expect("open"));
+        let mut attached = Attached::after(1);
+        attached.disk("a", true, vec![open()]).expect("a disk");
+        for (id, read_only, descriptors, reason) in [
+            ("a", true, vec![], "0 descriptors, it takes one"),
+            ("a", true, vec![open(), open()], "2 descriptors"),
+            ("a", false, vec![open()], "the disk a is not open for"),
+            ("aaaaaaaaaaaaaaaaaaaaa", true, vec![open()], "no serial"),
+        ] {
+            let result = attached.disk(id, read_only, descriptors);
+            let message = Chain(&result.err().expect(reason)).to_string();
+            assert!(message.contains(reason), "{message}");
+        }
+        let (pipe, _write) = std::io::pipe().expect("pipe");
+        let result = attached.disk("a", true, vec![pipe.into()]);
+        assert!(matches!(
+            result.err(),
+            Some(AttachError::Disk(DiskError::Type { .. }))
+        ));
     }
 }

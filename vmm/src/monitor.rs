@@ -87,7 +87,8 @@ pub fn run(control: &mut Control, started_us: u64) -> Result<End, MonitorError> 
     timeline.running_us = now_us();
     info!(?timeline, "the guest runs");
     control.send(&VmEvent::Running { timeline })?;
-    wait(control, &machine)
+    let attached = Attached::after(config.disks.len());
+    wait(control, &machine, attached)
 }
 
 /// Enters the jail and puts the machine together.
@@ -125,8 +126,8 @@ fn build(
     if let Some(log) = log {
         assembly.add_serial(log)?;
     }
-    for (index, disk) in (0..).zip(disks) {
-        assembly.add_device(Box::new(Block::new(index, disk)))?;
+    for (index, (serial, disk)) in (0..).zip(disks) {
+        assembly.add_device(Box::new(Block::new(index, serial, disk)))?;
     }
     if let Some(config) = &config.share {
         let root = jail::SHARE.into();
@@ -152,9 +153,12 @@ fn build(
 }
 
 /// Does as it is told until the end, from either side.
-fn wait(control: &mut Control, machine: &Machine) -> Result<End, MonitorError> {
+fn wait(
+    control: &mut Control,
+    machine: &Machine,
+    mut attached: Attached,
+) -> Result<End, MonitorError> {
     let failed = |error: Errno| MonitorError::Process("wait for events", error.into());
-    let mut attached = Attached::default();
     loop {
         // What came together with an earlier line is here already.
         while let Some(received) = control.next_command()? {

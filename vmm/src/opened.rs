@@ -14,7 +14,7 @@ use crate::jail::JailError;
 use crate::jail::share::{self, ShareTree};
 use crate::kvm::{self, KvmError};
 use crate::machine::serial::GuestLog;
-use crate::virtio::blk::{Disk, DiskError};
+use crate::virtio::blk::{Disk, DiskError, Serial};
 use crate::virtio::vsock::LISTENER_NAME;
 
 /// Why something could not be opened.
@@ -67,7 +67,7 @@ pub struct Opened {
     /// The kernel image.
     pub kernel: Kernel,
     /// In the configuration's order.
-    pub disks: Vec<Disk>,
+    pub disks: Vec<(Serial, Disk)>,
     /// The guest's log.
     pub log: Option<GuestLog>,
     /// The share's pieces as detached mounts.
@@ -90,7 +90,8 @@ impl Opened {
         let disks = config
             .disks
             .iter()
-            .map(open_disk)
+            .enumerate()
+            .map(|(index, disk)| open_disk(index, disk))
             .collect::<Result<_, _>>()?;
         let log = config.guest_log.as_deref().map(open_log).transpose()?;
         let share = config.share.as_ref().map(share::open).transpose()?;
@@ -120,7 +121,11 @@ fn failed(what: &'static str, path: &Path) -> impl Fn(rustix::io::Errno) -> Open
     }
 }
 
-fn open_disk(disk: &DiskConfig) -> Result<Disk, OpenError> {
+fn open_disk(index: usize, disk: &DiskConfig) -> Result<(Serial, Disk), OpenError> {
+    let serial = match &disk.id {
+        Some(id) => Serial::new(id)?,
+        None => Serial::new(&format!("disk{index}"))?,
+    };
     let access = if disk.read_only {
         OFlags::RDONLY
     } else {
@@ -133,7 +138,8 @@ fn open_disk(disk: &DiskConfig) -> Result<Disk, OpenError> {
         Mode::empty(),
     )
     .map_err(failed("disk", &disk.path))?;
-    Ok(Disk::new(&disk.path, fd.into(), disk.read_only)?)
+    let disk = Disk::new(&disk.path, fd.into(), disk.read_only)?;
+    Ok((serial, disk))
 }
 
 fn open_log(path: &Path) -> Result<GuestLog, OpenError> {

@@ -9,7 +9,7 @@ pub enum Role {
     /// Runs a virtual CPU, by index.
     Vcpu(u8),
     /// Serves a virtio-blk device, by index.
-    Block(u8),
+    Block(u16),
     /// Serves a pair of queues of a virtio-net device, by index of both.
     Network(u16, u16),
     /// Serves virtio-rng.

@@ -13,7 +13,7 @@ use super::*;
 use crate::boot::kernel::tests as elf;
 use crate::kvm::exits::Ending;
 use crate::sys;
-use crate::virtio::blk::{Block, Disk};
+use crate::virtio::blk::{Block, Disk, Serial};
 use crate::virtio::rng::Rng;
 
 /// Where the guests' code and the byte that they wait for lie.
@@ -275,7 +275,11 @@ fn linux(cpus: u8) -> Option<(Assembly, Kernel, BufReader<PipeReader>)> {
     let file = File::open(&root).expect("open the root image");
     let disk = Disk::new(Path::new(&root), file, true).expect("disk");
     assembly
-        .add_device(Box::new(Block::new(0, disk)))
+        .add_device(Box::new(Block::new(
+            0,
+            Serial::new("disk0").expect("serial"),
+            disk,
+        )))
         .expect("disk");
     assembly
         .add_device(Box::new(Rng::default()))

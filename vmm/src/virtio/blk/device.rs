@@ -6,9 +6,9 @@ use tracing::warn;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 
-use super::disk::Disk;
+use super::disk::{Disk, Serial};
 use super::handler::BlockHandler;
-use super::request::{ID_SIZE, MOST_SECTORS, MOST_SEGMENTS, Server};
+use super::request::{MOST_SECTORS, MOST_SEGMENTS, Server};
 use crate::threads::Role;
 use crate::virtio::config_space;
 use crate::virtio::rate_limit::RateLimit;
@@ -30,7 +30,7 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// A virtio-blk device.
 pub struct Block {
-    index: u8,
+    index: u16,
     features: u64,
     config: [u8; CONFIG_SIZE],
     geometry: BlockState,
@@ -45,11 +45,8 @@ enum State {
 }
 
 impl Block {
-    /// `index` counts the guest's disks from 0.
-    pub fn new(index: u8, disk: Disk) -> Self {
-        let mut id = [0; ID_SIZE];
-        let name = format!("disk{index}");
-        id[..name.len()].copy_from_slice(name.as_bytes());
+    /// `index` is for the names of threads, and for messages.
+    pub fn new(index: u16, serial: Serial, disk: Disk) -> Self {
         Self {
             index,
             features: features(&disk),
@@ -60,7 +57,7 @@ impl Block {
             },
             state: State::Idle(Box::new(Server {
                 disk,
-                id,
+                serial,
                 write_through: false,
             })),
         }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
@@ -34,12 +34,50 @@ pub enum DiskError {
         /// Path as configured.
         path: PathBuf,
     },
+    /// Not open for what the guest may do.
+    #[error("the disk {path} is not open for reading and writing")]
+    Access {
+        /// Path as configured.
+        path: PathBuf,
+    },
+    /// A name that cannot be one.
+    #[error(
+        "the id {0:?} is no serial of a disk: give 1 to {ID_SIZE} of A-Z, a-z, 0-9, '.', '_', ':', '-'"
+    )]
+    Serial(String),
     /// Less than one sector.
     #[error("the disk {path} is empty")]
     Empty {
         /// Path as configured.
         path: PathBuf,
     },
+}
+
+/// Bytes of a disk's serial (virtio 1.2 §5.2.6).
+pub(super) const ID_SIZE: usize = 20;
+
+/// The name by which the guest finds a disk (`/sys/block/*/serial`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serial([u8; ID_SIZE]);
+
+impl Serial {
+    /// Checks a name.
+    pub fn new(name: &str) -> Result<Self, DiskError> {
+        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
+        let mut bytes = [0; ID_SIZE];
+        match bytes.get_mut(..name.len()) {
+            Some(place) if !name.is_empty() && name.bytes().all(good) => {
+                place.copy_from_slice(name.as_bytes());
+                Ok(Self(bytes))
+            }
+            _ => Err(DiskError::Serial(name.to_owned())),
+        }
+    }
+
+    /// Filled up with zeroes.
+    pub(super) fn bytes(&self) -> &[u8; ID_SIZE] {
+        &self.0
+    }
 }
 
 /// An open disk.
@@ -75,6 +113,12 @@ impl Disk {
             source,
         };
         let kind = file.metadata().map_err(examine)?.file_type();
+        let flags = fcntl_getfl(&file).map_err(|error| examine(error.into()))?;
+        // With APPEND, writes go to the end wherever they are meant to go (pwrite(2), BUGS).
+        let write = flags & OFlags::RWMODE == OFlags::RDWR && !flags.contains(OFlags::APPEND);
+        if !read_only && !write {
+            return Err(DiskError::Access { path: path.into() });
+        }
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Type { path: path.into() });
         }

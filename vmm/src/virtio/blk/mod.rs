@@ -12,4 +12,4 @@ mod request;
 mod tests;
 
 pub use device::Block;
-pub use disk::{Disk, DiskError};
+pub use disk::{Disk, DiskError, Serial};

@@ -2,7 +2,7 @@
 
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
-use super::disk::{AccessError, Disk};
+use super::disk::{AccessError, Disk, ID_SIZE, Serial};
 use crate::virtio::chain::{self, Chain, ChainError};
 
 const TYPE_IN: u32 = 0;
@@ -24,8 +24,6 @@ const SEGMENT_SIZE: usize = 16;
 pub(super) const MOST_SEGMENTS: u32 = 32;
 /// Sectors of a discard or write-zeroes segment: bounds how long one takes.
 pub(super) const MOST_SECTORS: u32 = 1 << 17;
-/// Bytes of the disk's name.
-pub(super) const ID_SIZE: usize = 20;
 
 /// What a request came to.
 #[derive(Debug)]
@@ -40,7 +38,7 @@ pub(super) struct Done {
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) disk: Disk,
-    pub(super) id: [u8; ID_SIZE],
+    pub(super) serial: Serial,
     /// The driver cannot flush: every write must be durable when it is answered
     /// (virtio 1.2 §5.2.6.2).
     pub(super) write_through: bool,
@@ -88,7 +86,7 @@ impl Server {
             }
             TYPE_FLUSH => self.disk.flush()?,
             TYPE_GET_ID => {
-                chain::copy_in(&parts.writable, &self.id);
+                chain::copy_in(&parts.writable, self.serial.bytes());
             }
             TYPE_DISCARD if self.disk.can_discard() => return self.segments(kind, parts),
             TYPE_WRITE_ZEROES if !self.disk.read_only() => return self.segments(kind, parts),

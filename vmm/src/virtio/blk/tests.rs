@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use vm_memory::GuestAddress;
 
-use super::{Block, Disk};
+use super::{Block, Disk, DiskError, Serial};
 use crate::virtio::testing::{
     DEADLINE, Directory, Driver, Piece, Random, Told, readable, writable,
 };
@@ -44,7 +44,11 @@ impl Guest {
         let mut content = vec![0; 2048 * 512];
         Random::new(3).fill(&mut content);
         std::fs::write(&path, content).expect("write");
-        let mut device = Block::new(0, open(&path, read_only));
+        let mut device = Block::new(
+            0,
+            Serial::new("a-disk").expect("serial"),
+            open(&path, read_only),
+        );
         let mut driver = Driver::new(8 << 20, device.queue_sizes());
         let header = driver.space.take(16);
         let data = driver.space.take(2 << 20);
@@ -138,7 +142,7 @@ fn name() {
     let piece = writable(guest.data, 20);
     assert_eq!(guest.request(8, 0, &[piece]), (0, 21));
     let name = guest.driver.space.read(guest.data, 20);
-    assert_eq!(name[..6], *b"disk0\0");
+    assert_eq!(name[..7], *b"a-disk\0");
 }
 
 #[test]
@@ -331,6 +335,72 @@ fn state_fits_the_same_disk_only() {
         other.device.restore(DeviceState::Entropy),
         Err(StateError::WrongDevice { .. })
     ));
+}
+
+#[test]
+fn serials() {
+    for good in ["a", "disk-0.1_2:3", "12345678901234567890"] {
+        Serial::new(good).expect(good);
+    }
+    for bad in ["", "a b", "é", "a\0", "123456789012345678901"] {
+        assert!(matches!(Serial::new(bad), Err(DiskError::Serial(_))));
+    }
+}
+
+/// The image shrinks, grows and goes under the guest, whose requests fail or do not.
+#[test]
+fn an_image_that_changes_under_the_guest() {
+    let mut guest = Guest::new(false);
+    let (inn, out) = (writable(guest.data, 1024), readable(guest.data, 1024));
+    let file = OpenOptions::new().write(true).open(&guest.path);
+    let file = file.expect("open");
+    file.set_len(10 * 512 + 100).expect("truncate");
+    assert_eq!(guest.request(0, 8, &[inn]), (0, 1025));
+    for sector in [9, 10, 11, SECTORS - 2] {
+        assert_eq!(guest.request(0, sector, &[inn]), (1, 1), "{sector}");
+    }
+    assert_eq!(guest.request(4, 0, &[]), (0, 1));
+    // Larger than it was: the disk is not.
+    file.set_len(2 * SECTORS * 512).expect("extend");
+    assert_eq!(guest.request(0, SECTORS - 2, &[inn]), (0, 1025));
+    assert_eq!(guest.request(0, SECTORS, &[inn]), (1, 1));
+    assert_eq!(guest.request(1, SECTORS, &[out]), (1, 1));
+    // Without a name it is still there.
+    std::fs::remove_file(&guest.path).expect("remove");
+    assert_eq!(guest.request(1, 0, &[out]), (0, 1));
+    assert_eq!(guest.request(0, 0, &[inn]), (0, 1025));
+}
+
+/// What is more than whole sectors does not belong to the disk.
+#[test]
+fn an_image_of_odd_size() {
+    let directory = Directory::new();
+    let path = directory.path().join("disk");
+    for (bytes, sectors) in [(512u16, 1), (1023, 1), (1025, 2), (5000, 9)] {
+        std::fs::write(&path, vec![1; bytes.into()]).expect("write");
+        assert_eq!(open(&path, false).sectors(), sectors, "{bytes}");
+        assert_eq!(
+            std::fs::metadata(&path).expect("stat").len(),
+            u64::from(bytes),
+            "looking at it changes nothing"
+        );
+    }
+    std::fs::write(&path, [1; 511]).expect("write");
+    let file = File::open(&path).expect("open");
+    let error = Disk::new(&path, file, true).expect_err("less than a sector");
+    assert!(matches!(error, DiskError::Empty { .. }));
+}
+
+#[test]
+fn a_disk_is_open_for_what_the_guest_may_do() {
+    let directory = Directory::new();
+    let path = directory.path().join("disk");
+    std::fs::write(&path, [1; 512]).expect("write");
+    let append = OpenOptions::new().read(true).append(true).open(&path);
+    for file in [File::open(&path), append] {
+        let error = Disk::new(&path, file.expect("open"), false).expect_err("refused");
+        assert!(matches!(error, DiskError::Access { .. }));
+    }
 }
 
 #[test]
