@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use oci_spec::runtime::{Capability, LinuxResources, Process, Spec};
 use serde::{
     Deserialize, Deserializer,
-    de::{DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor},
+    de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor},
     forward_to_deserialize_any,
 };
 use serde_json::{Value, json};
@@ -87,7 +87,8 @@ pub struct Read<T> {
     /// config.md "Extensibility").
     pub unknown: Vec<String>,
     /// Names of capabilities that nobody knows. They are left out, with a warning (runtime-spec
-    /// config.md "Linux Process", `capabilities`).
+    /// config.md "Linux Process", `capabilities`). In a `config.json` of version 1.0 they are an
+    /// error, as that version says; 1.1 has changed it.
     pub unknown_capabilities: Vec<String>,
 }
 
@@ -111,7 +112,17 @@ fn prefix(field: &str) -> String {
 
 /// Reads a `config.json`.
 pub fn spec(bytes: &[u8]) -> Result<Read<Spec>, ReadError> {
-    read(bytes, |document| document.get_mut("process"))
+    let read: Read<Spec> = read(bytes, |document| document.get_mut("process"))?;
+    match read.unknown_capabilities.first() {
+        Some(name) if read.value.version().starts_with("1.0.") => Err(ReadError {
+            field: "process.capabilities".to_owned(),
+            cause: de::Error::custom(format!(
+                "{name:?} is unknown, which is an error by version 1.0 of the specification \
+                 (ociVersion): leave it out, or name version 1.1"
+            )),
+        }),
+        _ => Ok(read),
+    }
 }
 
 /// Reads a `process` object, as `exec` takes it.
@@ -389,6 +400,25 @@ mod tests {
         let text = r#"{"cwd": "/", "capabilities": {"bounding": [7]}}"#;
         let error = process(text.as_bytes()).expect_err("refused").to_string();
         assert!(error.starts_with("capabilities.bounding[0]: "), "{error}");
+    }
+
+    #[test]
+    fn unknown_capabilities_are_an_error_by_version_1_0() {
+        let text = |version: &str| {
+            format!(
+                r#"{{"ociVersion": "{version}", "process": {{"cwd": "/", "capabilities":
+                {{"bounding": ["CAP_NOTHING"]}}}}}}"#
+            )
+        };
+        for version in ["1.0.0", "1.0.2", "1.0.2-dev"] {
+            let error = error(&text(version));
+            let expected = "process.capabilities: \"CAP_NOTHING\" is unknown";
+            assert!(error.starts_with(expected), "{error}");
+        }
+        for version in ["1.1.0", "1.1.0-rc.1", "1.2.0", "1.10.0"] {
+            let read = spec(text(version).as_bytes()).expect("read");
+            assert_eq!(read.unknown_capabilities, ["CAP_NOTHING"]);
+        }
     }
 
     #[test]

@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn capabilities_that_nobody_knows_count_for_nothing() {
-        let text = r#"{"ociVersion":"1.0.0","process":{"cwd":"/",
+        let text = r#"{"ociVersion":"1.1.0","process":{"cwd":"/",
             "capabilities":{"bounding":["CAP_KILL","CAP_TELEPORT"]}}}"#;
         let loaded = load(text).unwrap();
         assert_eq!(loaded.unknown_capabilities, ["CAP_TELEPORT"]);
