@@ -5,6 +5,7 @@ mod bench;
 mod bundle;
 mod cases;
 mod conformance;
+mod engines;
 mod leftovers;
 mod mutation;
 mod process;
@@ -17,4 +18,5 @@ mod watch;
 
 pub use bench::main as bench_main;
 pub use conformance::main as conformance_main;
+pub use engines::main as engines_main;
 pub use runner::main as tests_main;

@@ -19,7 +19,7 @@ const LONGEST: Duration = Duration::from_secs(300);
 /// What the process of a skipped test exits with.
 const SKIPPED: u8 = 77;
 /// First argument of the process of one test.
-const ONE: &str = "--in-this-process";
+pub(crate) const ONE: &str = "--in-this-process";
 /// The only argument that makes this program show whose rights it has.
 pub(crate) const EFFECTIVE_USER: &str = "--effective-user";
 
@@ -81,12 +81,17 @@ fn take_runtimes(args: &mut Vec<String>) -> Result<Vec<Runtime>> {
 
 /// The test as the harness sees it.
 fn trial(runtime: Runtime, case: &Case) -> Trial {
-    let name = case.name.clone();
-    let title = format!("{name} [{}]", runtime.program());
+    let title = format!("{} [{}]", case.name, runtime.program());
+    confined_trial(title, vec![runtime.program().to_owned(), case.name.clone()])
+}
+
+/// A test that runs in a process of its own: this program with [`ONE`], these arguments and the
+/// path of an empty directory.
+pub(crate) fn confined_trial(title: String, arguments: Vec<String>) -> Trial {
     Trial::ignorable_test(title.clone(), move || {
         let attempt =
-            || confined(runtime, &name).map_err(|error| Failed::from(format!("{error:#}")))?;
-        match attempt() {
+            || confined(&arguments).map_err(|error| Failed::from(format!("{error:#}")))?;
+        let outcome = match attempt() {
             // The emulator loses a guest now and then (tests/host/README.md): once more, and said
             // aloud. Whatever else fails has failed.
             Err(failed) if emulated() && lost_a_guest(&failed) => {
@@ -95,7 +100,12 @@ fn trial(runtime: Runtime, case: &Case) -> Trial {
                 attempt()
             }
             outcome => outcome,
+        };
+        // The harness says why at its end, which may be an hour away.
+        if let Err(failed) = &outcome {
+            eprintln!("{title}: {}", failed.message().unwrap_or_default().trim());
         }
+        outcome
     })
 }
 
@@ -118,14 +128,12 @@ fn lost_a_guest(failed: &Failed) -> bool {
 }
 
 /// Runs one test in a process of its own.
-fn confined(runtime: Runtime, name: &str) -> Result<Result<Completion, Failed>> {
+fn confined(arguments: &[String]) -> Result<Result<Completion, Failed>> {
     let directory = tempfile::Builder::new()
         .prefix("bulkhead-tests-")
         .tempdir()?;
     let mut command = Command::new(std::env::current_exe()?);
-    command
-        .args([ONE, runtime.program(), name])
-        .arg(directory.path());
+    command.arg(ONE).args(arguments).arg(directory.path());
     let mut process = Process::spawn(command)?;
     process.close_stdin();
     let ended = process.wait_within(LONGEST + Duration::from_secs(120));
@@ -142,7 +150,12 @@ fn confined(runtime: Runtime, name: &str) -> Result<Result<Completion, Failed>> 
 
 /// The process of one test.
 fn one(runtime: &str, name: &str, directory: &Path) -> ExitCode {
-    match attempt(runtime, name, directory) {
+    verdict(attempt(runtime, name, directory))
+}
+
+/// What the process of one test says and exits with.
+pub(crate) fn verdict(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => match error.downcast_ref::<Skip>() {
             Some(skip) => {
@@ -164,20 +177,32 @@ fn attempt(runtime: &str, name: &str, directory: &Path) -> Result<()> {
         .find(|case| case.name == name)
         .context("no such test")?;
     let scene = Scene::enter(runtime, directory)?;
-    std::panic::set_hook(Box::new(|info| {
+    guarded(scene::clean_up, || {
+        (case.run)(&scene).and_then(|()| scene.expect_nothing_left())
+    })
+}
+
+/// Runs a test's body in its process; however it ends, `clean_up` is called, too late or not.
+pub(crate) fn guarded(
+    clean_up: impl Fn() + Clone + Send + Sync + 'static,
+    body: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let after_panic = clean_up.clone();
+    std::panic::set_hook(Box::new(move |info| {
         eprintln!("{info}");
-        scene::clean_up();
+        after_panic();
         std::process::exit(1);
     }));
     let (_running, watched) = mpsc::channel::<()>();
+    let too_late = clean_up.clone();
     std::thread::spawn(move || {
         if watched.recv_timeout(LONGEST) == Err(mpsc::RecvTimeoutError::Timeout) {
             eprintln!("took longer than {} s", LONGEST.as_secs());
-            scene::clean_up();
+            too_late();
             std::process::exit(1);
         }
     });
-    let result = (case.run)(&scene).and_then(|()| scene.expect_nothing_left());
-    scene::clean_up();
+    let result = body();
+    clean_up();
     result
 }
