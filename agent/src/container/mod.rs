@@ -12,6 +12,7 @@ mod covers;
 mod device_filter;
 mod devices;
 mod disks;
+mod exec;
 mod hooks;
 mod id_maps;
 mod identity;
@@ -56,19 +57,13 @@ use rustix::{
 
 pub use cgroup::{Cgroup, MOUNT_POINT as CGROUP_MOUNT_POINT, delegate_controllers};
 pub use disks::Disks;
+pub use exec::exec_in_guest;
 pub(crate) use namespaces::Others;
 pub use process_io::ChildIo;
 
 use self::{
-    channel::Progress,
-    disks::DisksInUse,
-    id_maps::IdMaps,
-    init::Init,
-    join::{Join, Target},
-    namespaces::Namespaces,
-    plan::Plan,
-    prepared::Prepared,
-    spawn::{spawn, spawn_in},
+    channel::Progress, disks::DisksInUse, id_maps::IdMaps, init::Init, join::Target,
+    namespaces::Namespaces, plan::Plan, prepared::Prepared, spawn::spawn,
 };
 use crate::{
     error::{Attempt, Error, Result},
@@ -308,7 +303,7 @@ impl Container {
             id_maps: self.id_maps.as_ref(),
         };
         let cgroup = Some(self.cgroup.directory());
-        let process = exec(surroundings, process, stdio, Some(target), cgroup).await?;
+        let process = exec::exec(surroundings, process, stdio, Some(target), cgroup).await?;
         let pid = process.pid();
         lock(&self.execs).insert(id.to_owned(), process);
         Ok(pid)
@@ -436,55 +431,6 @@ impl Container {
         }
         self.cgroup.remove()
     }
-}
-
-/// Runs a process in the guest itself.
-pub async fn exec_in_guest(
-    surroundings: &Surroundings,
-    process: &[u8],
-    stdio: &Stdio,
-) -> Result<Arc<Process>> {
-    exec(surroundings, process, stdio, None, None).await
-}
-
-async fn exec(
-    surroundings: &Surroundings,
-    process: &[u8],
-    stdio: &Stdio,
-    target: Option<Target<'_>>,
-    cgroup: Option<BorrowedFd<'_>>,
-) -> Result<Arc<Process>> {
-    let spec = plan::read("process", oci::process(process))?;
-    let plan = identity::plan(&spec)?;
-    let terminal = plan::terminal(&spec, stdio)?;
-    let (child_io, agent_io) =
-        stdio::connect(&surroundings.streams, stdio, terminal.is_some()).await?;
-    let maps = target.as_ref().and_then(|target| target.id_maps);
-    child_io.give_to(outside(maps, &plan)?)?;
-    let (parent, child) = channel::pair()?;
-    let born_in = target
-        .as_ref()
-        .filter(|t| t.namespaces.has(libc::CLONE_NEWPID));
-    let pidfd = born_in.map(|target| target.pidfd);
-    let first = target.as_ref().map(|target| target.pid);
-    let spawned = spawn_in(surroundings, pidfd, first, cgroup, &child, |channel| {
-        Join {
-            process: &plan,
-            terminal,
-            container: target,
-            proc: surroundings.proc.as_fd(),
-            io: child_io,
-            channel,
-        }
-        .run()
-    });
-    let (pid, pidfd) = spawned?;
-    let ended = surroundings.reaper.expect(pid);
-    drop(child);
-    let mut master = None;
-    parent.progress(|terminal| master = Some(terminal)).await?;
-    let started = Started { pid, pidfd, ended };
-    Ok(Process::new(started, agent_io.with_terminal(master)?, None))
 }
 
 /// The process's user and group as the guest knows them.

@@ -12,7 +12,7 @@ use crate::scene::Scene;
 super::cases!(volumes;
     common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
         rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount;
-    vm: propagation);
+    vm: propagation, id_mapped);
 
 fn read_write(scene: &Scene) -> Result<()> {
     let data = scene.path("data");
@@ -83,6 +83,44 @@ fn read_only(scene: &Scene) -> Result<()> {
         crate::leftovers::entries(&data).len() == 1,
         "the directory was changed"
     );
+    Ok(())
+}
+
+fn id_mapped(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir_all(data.join("below"))?;
+    fs::write(data.join("below/file"), "content\n")?;
+    std::os::unix::fs::chown(data.join("below"), Some(5), Some(6))?;
+    // What is 0 on the host is 1000 in the container, and so on; nobody else has an id there.
+    let script = "cd /data; stat -c '%n %u %g' . below below/file; id -u; echo x > new && mkdir made && \
+        ln -s new link && mv new newer && chown 1003:1004 made && cat newer";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&data, "/data", &["rbind"])
+        .with(|spec| {
+            spec["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
+            let some = json!(["CAP_CHOWN"]);
+            spec["process"]["capabilities"] = json!({ "bounding": some, "effective": some,
+                "permitted": some, "inheritable": some, "ambient": some });
+            let mapping = json!([{ "containerID": 0, "hostID": 1000, "size": 100 }]);
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
+                for mount in mounts
+                    .iter_mut()
+                    .filter(|mount| mount["destination"] == "/data")
+                {
+                    mount["uidMappings"] = mapping.clone();
+                    mount["gidMappings"] = mapping.clone();
+                }
+            }
+        });
+    let expected = ". 1000 1000\nbelow 1005 1006\nbelow/file 1000 1000\n1000\nx\n";
+    scene.run(&bundle)?.ok()?.says(&[expected])?;
+    for (name, owner) in [("newer", (0, 0)), ("made", (3, 4)), ("link", (0, 0))] {
+        let found = fs::symlink_metadata(data.join(name))?;
+        let found = (found.uid(), found.gid());
+        ensure!(found == owner, "{name} belongs to {found:?} on the host");
+    }
     Ok(())
 }
 
