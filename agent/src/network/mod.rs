@@ -1,6 +1,6 @@
-//! The network namespace of a container as the host describes it: [`Network::set`] brings what a
-//! request names and takes back what an earlier one has brought. [`wanted`] checks requests,
-//! [`apply`] makes the difference, [`netlink`] speaks to the kernel, [`bus`] finds the devices. What
+//! The network namespace of a container as the host describes it: `Network::set` brings what a
+//! request names and takes back what an earlier one has brought. `wanted` checks requests,
+//! `apply` makes the difference, `netlink` speaks to the kernel, `bus` finds the devices. What
 //! the container's processes have made themselves is left alone.
 
 mod apply;
