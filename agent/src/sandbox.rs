@@ -156,7 +156,7 @@ impl Sandbox {
             })
             .collect();
         for container in containers {
-            if let Err(error) = container.remove(&self.surroundings, true).await {
+            if let Err(error) = container.end().await {
                 tracing::warn!(error = %error.chain(), "a container does not end");
             }
         }

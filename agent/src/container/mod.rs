@@ -423,12 +423,18 @@ impl Container {
                 "stop it, or use force",
             ));
         }
-        self.cgroup.kill().await?;
-        self.init.wait().await;
-        lock(&self.disks).release()?;
+        self.end().await?;
         if self.network_of.is_none() {
             self.network.clear(&surroundings.network)?;
         }
+        Ok(())
+    }
+
+    /// Ends what runs in it. Its interfaces stay: for a guest that is about to end, too.
+    pub async fn end(&self) -> Result<()> {
+        self.cgroup.kill().await?;
+        self.init.wait().await;
+        lock(&self.disks).release()?;
         self.cgroup.remove()
     }
 }
