@@ -176,8 +176,6 @@ impl Init<'_> {
         let control_group = shared.then(|| open_directory(self.cgroup)).transpose()?;
         let sources = Sources {
             share,
-            guest_network: self.plan.id_maps.is_some()
-                && !self.plan.namespaces.owns(libc::CLONE_NEWNET),
             control_group: control_group.as_ref().map(AsFd::as_fd),
         };
         let mut made = Vec::with_capacity(self.plan.mounts.len());

@@ -153,7 +153,7 @@ impl Container {
         cgroup.apply(&plan.settings)?;
         cgroup.filter_devices(&plan.device_rules)?;
         let mut disks = DisksInUse::default();
-        let prepared = Prepared::of(&plan, share, surroundings, &mut disks)?;
+        let prepared = Prepared::of(&plan, share, surroundings, others, &mut disks)?;
         let (parent, child) = channel::pair()?;
         let spawned = spawn(
             surroundings.proc.as_fd(),
@@ -194,7 +194,7 @@ impl Container {
         };
         let keyring = keyring_name(&plan);
         let network = match set_up.await {
-            Ok(namespace) => match others.network() {
+            Ok(namespace) => match others.network_of() {
                 Some(other) => other.network.clone(),
                 None => Arc::new(Network::new(namespace)),
             },
@@ -213,7 +213,7 @@ impl Container {
             namespaces: plan.namespaces,
             personality: plan.personality,
             network,
-            network_of: others.network().map(|other| other.id.clone()),
+            network_of: others.network_of().map(|other| other.id.clone()),
             parameters: Mutex::new(plan.interface_sysctls),
             disks: Mutex::new(disks),
             keyring,

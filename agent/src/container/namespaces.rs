@@ -7,7 +7,10 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType};
 use rustix::thread::ThreadNameSpaceType;
 
 use super::Container;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    network::Network,
+};
 
 /// Namespaces that the container has of its own, or shares with another one; the others are the
 /// guest's.
@@ -123,9 +126,14 @@ impl Others {
     }
 
     /// The container whose network is joined.
-    pub(super) fn network(&self) -> Option<&Arc<Container>> {
+    pub(super) fn network_of(&self) -> Option<&Arc<Container>> {
         let mut others = self.0.iter();
         others.find_map(|(kind, other)| (kind.flag == libc::CLONE_NEWNET).then_some(other))
+    }
+
+    /// The network that is joined.
+    pub(super) fn network(&self) -> Option<&Network> {
+        self.network_of().map(|other| &*other.network)
     }
 
     /// CLONE_NEW* of all of them.

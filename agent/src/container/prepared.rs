@@ -12,6 +12,8 @@ use super::{
     Surroundings, devices,
     disks::DisksInUse,
     init::open_directory,
+    mounts::With,
+    namespaces::Others,
     plan::{Plan, Rootfs},
 };
 use crate::error::Result;
@@ -33,18 +35,24 @@ impl Prepared {
         plan: &Plan,
         share: &Path,
         surroundings: &Surroundings,
+        others: &Others,
         disks: &mut DisksInUse,
     ) -> Result<Self> {
         let share = open_directory(share)?;
+        let with = With {
+            share: share.as_fd(),
+            surroundings,
+            id_maps: plan.id_maps.as_ref(),
+            network: others.network(),
+        };
         let mut mounts = HashMap::new();
         for (index, mount) in plan.mounts.iter().enumerate() {
-            let maps = plan.id_maps.as_ref();
-            let made = mount.prepare(share.as_fd(), surroundings, maps, disks)?;
+            let made = mount.prepare(&with, disks)?;
             mounts.extend(made.map(|made| (index, made)));
         }
         let rootfs = match &plan.rootfs {
             Rootfs::Share(_) => None,
-            Rootfs::Disk(mount) => mount.prepare(share.as_fd(), surroundings, None, disks)?,
+            Rootfs::Disk(mount) => mount.prepare(&with, disks)?,
         };
         let maps = plan.id_maps.as_ref();
         let devices = maps.map(|maps| devices::for_user_namespace(&plan.devices, maps));

@@ -79,6 +79,11 @@ impl Network {
         applied.clear(host)
     }
 
+    /// Runs a step inside of it, which must not wait.
+    pub(crate) fn within<T>(&self, host: &Host, step: impl FnOnce() -> Result<T>) -> Result<T> {
+        within(self.namespace.as_fd(), host, step)
+    }
+
     /// Sets kernel parameters, and leaves those that do not exist in the list.
     pub(crate) fn set_parameters(
         &self,
@@ -89,7 +94,7 @@ impl Network {
         if parameters.is_empty() {
             return Ok(());
         }
-        within(self.namespace.as_fd(), host, || {
+        self.within(host, || {
             let mut missing = Vec::new();
             for (path, value) in parameters.drain(..) {
                 if is_there(proc, &path) {

@@ -70,6 +70,29 @@ pub(crate) fn shared_namespaces(fixture: &Fixture) {
     let shown = run_joined(fixture, "third", script, &["network"], "first");
     assert_eq!(shown, "0\n10.99.0.1\n1\n");
 
+    // With ids of its own it may not make what shows the other's network, but sees it.
+    let mut mapped = joining(&["sh", "-c", "ls /sys/class/net; id -u"], &["network"]);
+    crate::namespaces::add_user_namespace(&mut mapped);
+    fixture.in_rootfs("chown -R 100000:100000 .");
+    let mut process = spec(&["ip", "link", "add", "seen", "type", "veth"])["process"].clone();
+    for set in ["bounding", "effective", "permitted"] {
+        process["capabilities"][set] = json!(["CAP_NET_ADMIN"]);
+    }
+    let run = container.exec_process("administer", &process, b"");
+    assert_eq!(run.status, 0, "{}", run.stderr);
+    let streams = Streams::new(fixture, b"");
+    let joins = others(&["network"], "first");
+    let reply = fixture.create_joining("mapped", &mapped, &joins, streams.stdio());
+    if let Reply::Refused(code, message) = reply {
+        panic!("{code}: {message}");
+    }
+    let second = fixture.container("mapped");
+    second.try_start().expect("started");
+    let run = streams.collect(|| second.wait());
+    assert_eq!(run.stdout, "lo\nseen\nveth0\n0\n", "{}", run.stderr);
+    second.remove();
+    fixture.in_rootfs("chown -R 0:0 .");
+
     // A process that is added is where the others are.
     let spec = joining(&["sleep", "1000"], &ALL);
     let reply = fixture.create_joining("fourth", &spec, &others(&ALL, "first"), Stdio::new());

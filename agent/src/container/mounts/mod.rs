@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     error::{Attempt, Error, Result},
+    network::Network,
     sys::{self, MountAttributes},
 };
 
@@ -62,13 +63,21 @@ enum Source {
     },
 }
 
+/// What mounts that take the guest's privileges are made with.
+pub(super) struct With<'a> {
+    /// Root of the share.
+    pub(super) share: BorrowedFd<'a>,
+    pub(super) surroundings: &'a Surroundings,
+    /// The container's own maps.
+    pub(super) id_maps: Option<&'a IdMaps>,
+    /// Another container's network that it joins.
+    pub(super) network: Option<&'a Network>,
+}
+
 /// What mounts are made from besides the rootfs itself.
 pub(super) struct Sources<'a> {
     /// Root of the share.
     pub share: BorrowedFd<'a>,
-    /// Whether the container is in a user namespace and on the guest's network: it may not mount
-    /// what shows a network that is not its own.
-    pub(super) guest_network: bool,
     /// The container's cgroup directory, unless the container has a cgroup namespace.
     pub control_group: Option<BorrowedFd<'a>>,
 }
@@ -85,26 +94,32 @@ impl MountPlan {
         matches!(self.source, Source::Share { .. }) && self.destination == Path::new("/dev")
     }
 
-    /// The mount, detached, if it is on a disk or id-mapped: with the guest's privileges, which the
-    /// set-up in a user namespace does not have. `of_container` are the container's own maps.
+    /// The mount, detached, if it takes the guest's privileges, which the set-up in a user namespace
+    /// does not have: what is on a disk or id-mapped, and what shows a network that is not its own.
     pub(super) fn prepare(
         &self,
-        share: BorrowedFd<'_>,
-        surroundings: &Surroundings,
-        of_container: Option<&IdMaps>,
+        with: &With<'_>,
         disks: &mut DisksInUse,
     ) -> Result<Option<OwnedFd>> {
         let asked = self.id_maps.is_some() || self.options.id_map.is_some();
-        let maps = self.id_maps.as_ref().or(of_container).filter(|_| asked);
+        let maps = self.id_maps.as_ref().or(with.id_maps).filter(|_| asked);
         let mount = match &self.source {
-            Source::Disk(disk) => self.on_disk(disk, &surroundings.disks, disks)?,
+            Source::Disk(disk) => self.on_disk(disk, &with.surroundings.disks, disks)?,
             Source::Share { path, recursive } if maps.is_some() => {
-                self.clone_leaving_nothing(path, *recursive, share)?
+                self.clone_leaving_nothing(path, *recursive, with.share)?
+            }
+            Source::Filesystem { kind, .. } if kind == "sysfs" && with.id_maps.is_some() => {
+                let Some(network) = with.network else {
+                    return Ok(None);
+                };
+                network.within(&with.surroundings.network, || {
+                    self.filesystem(kind, None, &self.options)
+                })?
             }
             _ => return Ok(None),
         };
         if let Some(maps) = maps {
-            let namespace = maps.namespace(surroundings.proc.as_fd())?;
+            let namespace = maps.namespace(with.surroundings.proc.as_fd())?;
             self.map_ids(&mount, namespace.as_fd())?;
         }
         Ok(Some(mount))
@@ -188,12 +203,12 @@ impl MountPlan {
                 (mount.or_cannot(action)?, true)
             }
             Source::ControlGroup => (self.control_group(sources)?, true),
-            Source::Filesystem { kind, .. } if kind == "sysfs" && sources.guest_network => {
-                (self.sysfs_of_guest()?, true)
-            }
             Source::Filesystem { kind, source } => {
-                let source = source.as_deref();
-                (self.filesystem(kind, source, &self.options)?, true)
+                let made = match prepared {
+                    Some(mount) => mount,
+                    None => self.filesystem(kind, source.as_deref(), &self.options)?,
+                };
+                (made, true)
             }
         };
         let missing = if directory {
@@ -267,13 +282,6 @@ impl MountPlan {
                 .or_cannot(|| format!("let go of {path} of the share ({}.source)", self.field))?;
         }
         Ok(mount)
-    }
-
-    fn sysfs_of_guest(&self) -> Result<OwnedFd> {
-        let action = || format!("bind the guest's /sys ({})", self.field);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let sys = fs::open("/sys", flags, Mode::empty()).or_cannot(action)?;
-        clone_mount(sys.as_fd(), true).or_cannot(action)
     }
 
     fn control_group(&self, sources: &Sources<'_>) -> Result<OwnedFd> {
