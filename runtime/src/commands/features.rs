@@ -6,7 +6,6 @@ use serde_json::json;
 use super::{Error, print};
 
 pub(super) fn features() -> Result<u8, Error> {
-    // `idmap` is not announced while it works for single files only: who asks wants directories.
     let features = json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
@@ -32,7 +31,7 @@ pub(super) fn features() -> Result<u8, Error> {
             "intelRdt": {"enabled": false},
             "netDevices": {"enabled": false},
             "memoryPolicy": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
         },
         "annotations": {"org.bulkhead.version": env!("CARGO_PKG_VERSION")},
     });
