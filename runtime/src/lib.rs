@@ -21,6 +21,7 @@ pub mod signal;
 pub mod spec;
 pub mod state;
 pub mod stdio;
+mod sys;
 pub mod time;
 pub mod timeline;
 pub mod vm;

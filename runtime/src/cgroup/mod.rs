@@ -362,7 +362,8 @@ fn before(path: &Path, value: &str) -> Option<String> {
 }
 
 fn mounted() -> Result<Vec<Hierarchy>, CgroupError> {
-    let mounts = Path::new("/proc/self/mountinfo");
+    // A monitor's first thread sits in the container's mount namespace.
+    let mounts = Path::new("/proc/thread-self/mountinfo");
     let mounts = fs::read_to_string(mounts).map_err(io_error("read", mounts))?;
     let hierarchies = hierarchies(&mounts);
     if hierarchies.is_empty() {

@@ -37,7 +37,7 @@ use crate::{
     hooks::HookError,
     lifecycle::DestroyError,
     log::LogFormat,
-    monitor::{HandoverError, LaunchError},
+    monitor::{HandoverError, LaunchError, ViewError},
     signal::UnknownSignal,
     spec::{LabelError, SpecError, UnknownProperties},
     state::{Container, ContainerStatus, Record, StateError, StateRoot},
@@ -101,6 +101,8 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    View(#[from] ViewError),
     #[error("cannot {0}")]
     Io(&'static str, #[source] io::Error),
 }

@@ -5,7 +5,9 @@ use std::{io, os::fd::OwnedFd, os::unix::net::UnixStream};
 use super::{Context, Error};
 use crate::{
     error,
-    monitor::{self, ContainerOrder, ExecOrder, HostStdio, Order, Outcome, VmStarter, launch},
+    monitor::{
+        self, ContainerOrder, ExecOrder, HostStdio, Order, Outcome, StandIn, VmStarter, launch,
+    },
     spec::{Loaded, check},
     stdio::{Console, Signals},
     vm::{Vm, VmProcess},
@@ -25,7 +27,10 @@ pub(super) fn monitor(context: &Context) -> Result<u8, Error> {
     std::env::set_current_dir("/").map_err(|error| Error::Io("change to /", error))?;
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
     let result = match order {
-        Order::Container(order) => container(context, &order, socket, host, &mut signals),
+        Order::Container(order) => monitor::beside(|stand_in| {
+            container(context, &order, socket, host, &mut signals, stand_in)
+        })
+        .unwrap_or_else(|error| Err(Error::Io("start a thread", error))),
         Order::Exec(order) => exec(context, &order, socket, host, &mut signals),
     };
     result.map(|status| u8::try_from(status).unwrap_or(255))
@@ -57,6 +62,7 @@ fn container(
     socket: UnixStream,
     host: HostStdio,
     signals: &mut Signals,
+    stand_in: &StandIn,
 ) -> Result<i32, Error> {
     let container = context.root.open(&order.id)?;
     let made = container
@@ -75,6 +81,7 @@ fn container(
             )?;
             // A `run` in the foreground stays where its caller has put it.
             sandbox.join_cgroup()?;
+            sandbox.show(stand_in)?;
             Ok(sandbox)
         });
     match made {

@@ -6,7 +6,7 @@ use super::{Context, Error, create, create::Plan, monitor::START_VM, start, writ
 use crate::{
     cli::Run,
     lifecycle,
-    monitor::{Ended, HostStdio, launch},
+    monitor::{self, Ended, HostStdio, StandIn, launch},
     state::{Container, ProcessIdentity},
     stdio::{RawTerminal, Signals},
     wait::Deadline,
@@ -39,12 +39,18 @@ pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
     let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
     let container = create::record(context, &options.create.id, &plan, Some(own))?;
-    let result = attached(context, options, &plan, &container, &mut signals);
-    match &result {
-        Ok(ended) if options.keep => ended.record(&container),
-        _ => clean_up(&container),
-    }
-    result.map(|ended| u8::try_from(ended.finish()).unwrap_or(255))
+    let stood = monitor::beside(|stand_in| {
+        let result = attached(context, options, &plan, &container, &mut signals, stand_in);
+        match &result {
+            Ok(ended) if options.keep => ended.record(&container),
+            _ => clean_up(&container),
+        }
+        result.map(|ended| u8::try_from(ended.finish()).unwrap_or(255))
+    });
+    stood.unwrap_or_else(|error| {
+        clean_up(&container);
+        Err(Error::Io("start a thread", error))
+    })
 }
 
 /// Being the monitor ourselves.
@@ -54,6 +60,7 @@ fn attached(
     plan: &Plan,
     container: &Container,
     signals: &mut Signals,
+    stand_in: &StandIn,
 ) -> Result<Ended, Error> {
     let order = create::order(context, &options.create, plan)?;
     let host = match plan.checked.terminal {
@@ -68,6 +75,7 @@ fn attached(
         signals,
         host,
     )?;
+    sandbox.show(stand_in)?;
     if let Some(path) = &options.create.pid_file {
         write_pid_file(path, std::process::id())?;
     }

@@ -23,6 +23,7 @@ use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
 use super::{
+    View,
     attach::{Attached, HostStdio},
     sandbox::{ContainerOrder, Sandbox},
 };
@@ -161,6 +162,7 @@ pub fn launch<'a>(
         timeline: launch.timeline,
         timeline_file: order.timeline.clone(),
         cgroup: launch.cgroup,
+        view: View::of(&loaded.spec, &share, &checked.rootfs),
     })
 }
 

@@ -7,17 +7,24 @@
 //! run:     bulkhead run is itself the monitor
 //! exec:    bulkhead exec carries the process itself, or with --detach spawns a monitor for it
 //! ```
+//!
+//! A container's monitor has two threads: one works, the other is what engines find behind the
+//! container's pid ([`StandIn`], [`View`]).
 
 mod attach;
 mod exec;
 mod handover;
 mod launch;
 mod sandbox;
+mod stand_in;
 #[cfg(test)]
 mod tests;
+mod view;
 
 pub use attach::{Attached, HostStdio};
 pub use exec::{ExecOrder, join};
 pub use handover::{HandoverError, Order, Outcome, Waiting, receive, report, spawn};
 pub use launch::{LaunchError, VmStarter, launch};
 pub use sandbox::{ContainerOrder, Ended, Sandbox};
+pub use stand_in::{StandIn, beside};
+pub use view::{View, ViewError};

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bulkhead_agent_protocol::messages::{Empty, StartContainerRequest};
 use serde::{Deserialize, Serialize};
 
-use super::attach::Attached;
+use super::{StandIn, View, ViewError, attach::Attached};
 use crate::{
     agent::{self, rpc::RpcError},
     cgroup::{Cgroup, CgroupError, Driver},
@@ -56,9 +56,16 @@ pub struct Sandbox<'a> {
     pub(super) timeline: Timeline,
     pub(super) timeline_file: Option<PathBuf>,
     pub(super) cgroup: Cgroup,
+    pub(super) view: View,
 }
 
 impl Sandbox<'_> {
+    /// Moves the process's first thread to where engines look for the container's process.
+    pub fn show(&self, stand_in: &StandIn) -> Result<(), ViewError> {
+        let view = self.view.clone();
+        stand_in.run(move || view.enter())
+    }
+
     /// Puts this process into the container's cgroup: engines take the cgroup of the container's
     /// process for the container's (containerd's and Podman's statistics do), and that process is
     /// this one. Not before the hooks have run: they are not the container's.

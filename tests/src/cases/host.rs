@@ -9,7 +9,8 @@ use crate::process::Process;
 use crate::scene::Scene;
 
 super::cases!(host;
-    common: features, hooks, failing_hook, log_formats, pid_file_is_replaced_whole, version;
+    common: features, hooks, failing_hook, log_formats, pid_file_is_replaced_whole, version,
+        mount_namespace_of_the_pid;
     vm: default_cgroup);
 
 fn features(scene: &Scene) -> Result<()> {
@@ -203,4 +204,39 @@ fn default_cgroup(scene: &Scene) -> Result<()> {
     );
     scene.destroy(&container.id)?;
     scene.expect_nothing_left()
+}
+
+/// `podman cp` reads and writes in the mount namespace of the container's process.
+fn mount_namespace_of_the_pid(scene: &Scene) -> Result<()> {
+    let (volume, fixed) = (scene.path("volume"), scene.path("fixed"));
+    fs::create_dir(&volume)?;
+    fs::write(&fixed, "fixed\n")?;
+    let bundle = scene
+        .bundle()?
+        .shell("cat /root/theirs /volume/theirs; ls /volume")
+        .bind(&volume, "/volume", &["rbind"])
+        .bind(&fixed, "/etc/fixed", &["bind", "ro"]);
+    let mut container = scene.create(&bundle)?;
+    let inside = |script: &str| {
+        let mut command = std::process::Command::new("nsenter");
+        let pid = format!("--target={}", container.pid);
+        command.args([&pid, "--mount", "/bin/sh", "-c", script]);
+        Process::spawn(command)?.finish()
+    };
+    inside("echo a >/root/theirs && echo b >/volume/theirs && cat /etc/fixed && ls /var")?
+        .ok()?
+        .says(&["fixed\ndata\n"])?;
+    ensure!(
+        inside("echo x >/etc/fixed")?.code() != 0,
+        "a read-only file was written"
+    );
+    scene.call(&["start", &container.id])?.ok()?;
+    container.streams.drain()?;
+    let output = container.streams.stdout();
+    ensure!(output == "a\nb\ntheirs\n", "{output}");
+    ensure!(
+        bundle.rootfs().join("root/theirs").is_file(),
+        "another root"
+    );
+    scene.destroy(&container.id)
 }
