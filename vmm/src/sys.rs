@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
-use kvm_bindings::{kvm_run, kvm_userspace_memory_region, kvm_xsave};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_run, kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::mount::MountAttrFlags;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -35,14 +35,20 @@ pub(crate) fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// Tells KVM that guest physical memory from the region's start is the region's mapping.
-pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> io::Result<()> {
+/// Tells KVM that guest physical memory from the region's start is the region's mapping; with
+/// `read_only`, what the guest writes there comes to us.
+pub(crate) fn set_memory_slot(
+    vm: &VmFd,
+    slot: u32,
+    region: &GuestRegionMmap,
+    read_only: bool,
+) -> io::Result<()> {
     let address = region
         .get_host_address(MemoryRegionAddress(0))
         .map_err(io::Error::other)?;
     let slot = kvm_userspace_memory_region {
         slot,
-        flags: 0,
+        flags: if read_only { KVM_MEM_READONLY } else { 0 },
         guest_phys_addr: region.start_addr().raw_value(),
         memory_size: region.len(),
         userspace_addr: address as u64,

@@ -10,6 +10,7 @@ use vm_memory::{GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::KvmError;
+use crate::virtio::registers::RegisterPages;
 use crate::{layout, sys};
 
 /// What the monitor cannot do without.
@@ -21,11 +22,15 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
+
+/// Memory slot of the devices' registers, after those of guest memory.
+const REGISTERS: u32 = 8;
 
 /// Opens /dev/kvm. Done before the jail, which has no /dev.
 pub fn open() -> Result<Kvm, KvmError> {
@@ -80,10 +85,17 @@ impl Vm {
     /// Gives the machine its memory. The caller keeps `memory` alive as long as the machine.
     pub fn set_memory(&self, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(memory.iter()) {
-            sys::set_memory_slot(&self.fd, slot, region)
+            sys::set_memory_slot(&self.fd, slot, region, false)
                 .map_err(|error| KvmError::Operation("register guest memory", error))?;
         }
         Ok(())
+    }
+
+    /// Lets the guest read the devices' registers by itself. The caller keeps `pages` alive as long
+    /// as the machine.
+    pub fn set_registers(&self, pages: &RegisterPages) -> Result<(), KvmError> {
+        sys::set_memory_slot(&self.fd, REGISTERS, pages.region(), true)
+            .map_err(|error| KvmError::Operation("register the devices' registers", error))
     }
 
     /// Makes a vCPU.
@@ -123,7 +135,14 @@ impl Vm {
         Ok(event)
     }
 
-    /// Undoes [`Self::notification`]: KVM holds the event until then, whoever else closes it.
+    /// Takes the guest's writes of `value` (32 bits) to `address`: nobody needs to know of them.
+    pub fn absorb(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(KvmError::during("connect an interrupt's acknowledgement"))
+    }
+
+    /// Undoes [`Self::notification`] or [`Self::absorb`]: KVM holds the event until then, whoever else closes it.
     pub fn end_notification(
         &self,
         event: &EventFd,

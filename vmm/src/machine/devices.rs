@@ -9,15 +9,16 @@ use super::ports::{Place, locked};
 use super::{Assembly, Machine, MachineError};
 use crate::kvm::vm::Vm;
 use crate::layout;
-use crate::virtio::interrupt::MmioInterrupt;
-use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::interrupt::{MmioInterrupt, USED};
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::registers::{RegisterPages, register};
 use crate::virtio::{Memory, VirtioDevice};
 
 impl Assembly {
     /// Puts a device at the next place.
     pub fn add_device(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
         let index = self.ports.places.len();
-        let transport = connect(&self.vm, &self.memory, index, device)?;
+        let transport = self.backplane.connect(index, device)?;
         self.ports.places.push(Mutex::new(Place::Taken(transport)));
         Ok(())
     }
@@ -45,7 +46,7 @@ impl Assembly {
         if place.transport().is_some() {
             return Err(MachineError::NoFreePlace);
         }
-        *place = Place::Taken(connect(&self.vm, &self.memory, index, device)?);
+        *place = Place::Taken(self.backplane.connect(index, device)?);
         Ok(())
     }
 
@@ -69,8 +70,9 @@ impl Machine {
             .enumerate()
             .find(|(_, place)| locked(place).transport().is_none())
             .ok_or(MachineError::NoFreePlace)?;
-        let transport = connect(&self.vm, &self.memory, index, device)?;
-        *locked(place) = Place::Taken(transport);
+        // The guest may see it before it has its place; what it does then waits.
+        let mut place = locked(place);
+        *place = Place::Taken(self.backplane.connect(index, device)?);
         Ok(index)
     }
 
@@ -83,45 +85,85 @@ impl Machine {
         let Place::Taken(transport) = std::mem::replace(&mut *locked(place), Place::Free) else {
             return Ok(());
         };
-        disconnect(&self.vm, index, &transport.remove())
+        self.backplane.disconnect(index, &transport.remove())
     }
 }
 
-/// Connects a device with KVM's machine.
-fn connect(
-    vm: &Arc<Vm>,
-    memory: &GuestMemoryMmap,
-    index: usize,
-    device: Box<dyn VirtioDevice>,
-) -> Result<Box<MmioTransport>, MachineError> {
-    let (base, gsi) = layout::virtio_mmio(index).ok_or(MachineError::TooManyDevices(index + 1))?;
-    let mut notifications = Vec::with_capacity(device.queue_sizes().len());
-    for (queue, _) in (0u32..).zip(device.queue_sizes()) {
-        match vm.notification(base + QUEUE_NOTIFY, queue) {
-            Ok(event) => notifications.push(event),
-            Err(error) => {
-                // The place must be usable again.
-                disconnect(vm, index, &notifications)?;
-                return Err(error.into());
+/// What devices are put into.
+pub(super) struct Backplane {
+    vm: Arc<Vm>,
+    memory: GuestMemoryMmap,
+    registers: RegisterPages,
+    /// Signalled by every acknowledgement of used buffers; nobody listens.
+    acknowledged: EventFd,
+}
+
+impl Backplane {
+    /// All places show placeholders.
+    pub(super) fn new(vm: &Arc<Vm>, memory: &GuestMemoryMmap) -> Result<Self, MachineError> {
+        let registers = RegisterPages::new().map_err(MachineError::Registers)?;
+        vm.set_registers(&registers)?;
+        let flags = libc::EFD_CLOEXEC | libc::EFD_NONBLOCK;
+        Ok(Self {
+            vm: vm.clone(),
+            memory: memory.clone(),
+            registers,
+            acknowledged: EventFd::new(flags).map_err(MachineError::Event)?,
+        })
+    }
+
+    #[cfg(test)]
+    pub(super) fn registers(&self) -> &RegisterPages {
+        &self.registers
+    }
+
+    /// Connects a device with KVM's machine. The guest can see it when this returns.
+    fn connect(
+        &self,
+        index: usize,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Box<MmioTransport>, MachineError> {
+        let (base, gsi) =
+            layout::virtio_mmio(index).ok_or(MachineError::TooManyDevices(index + 1))?;
+        // Most interrupts are for used buffers: to take note of that in KVM saves a way to us.
+        self.vm
+            .absorb(&self.acknowledged, base + register::INTERRUPT_ACK, USED)?;
+        let mut notifications = Vec::with_capacity(device.queue_sizes().len());
+        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
+            match self.vm.notification(base + register::QUEUE_NOTIFY, queue) {
+                Ok(event) => notifications.push(event),
+                Err(error) => {
+                    // The place must be usable again.
+                    self.disconnect(index, &notifications)?;
+                    return Err(error.into());
+                }
             }
         }
+        let line = self.vm.clone();
+        let interrupt = MmioInterrupt::new(
+            Box::new(move || line.pulse(gsi)),
+            self.registers.page(index),
+        );
+        let memory = Memory::new(self.memory.clone());
+        let transport = MmioTransport::new(device, memory, interrupt, notifications);
+        Ok(Box::new(transport))
     }
-    let line = vm.clone();
-    let interrupt = MmioInterrupt::new(Box::new(move || line.pulse(gsi)));
-    let memory = Memory::new(memory.clone());
-    let transport = MmioTransport::new(device, memory, interrupt, notifications);
-    Ok(Box::new(transport))
-}
 
-/// Undoes what [`connect`] did in KVM.
-fn disconnect(vm: &Vm, index: usize, notifications: &[EventFd]) -> Result<(), MachineError> {
-    let Some((base, _)) = layout::virtio_mmio(index) else {
-        return Ok(());
-    };
-    let mut result = Ok(());
-    for (queue, event) in (0u32..).zip(notifications) {
-        let ended = vm.end_notification(event, base + QUEUE_NOTIFY, queue);
-        result = result.and(ended);
+    /// Undoes what [`Self::connect`] did in KVM.
+    fn disconnect(&self, index: usize, notifications: &[EventFd]) -> Result<(), MachineError> {
+        let Some((base, _)) = layout::virtio_mmio(index) else {
+            return Ok(());
+        };
+        let acknowledge = base + register::INTERRUPT_ACK;
+        let mut result = self
+            .vm
+            .end_notification(&self.acknowledged, acknowledge, USED);
+        for (queue, event) in (0u32..).zip(notifications) {
+            let ended = self
+                .vm
+                .end_notification(event, base + register::QUEUE_NOTIFY, queue);
+            result = result.and(ended);
+        }
+        Ok(result?)
     }
-    Ok(result?)
 }

@@ -27,6 +27,7 @@ use crate::layout;
 use crate::memory::{self, MemoryError};
 use crate::virtio::StateError;
 use crate::virtio::mmio_state::TransportState;
+use devices::Backplane;
 use ports::{Ports, locked};
 use serial::{GuestLog, SerialPort};
 
@@ -42,6 +43,9 @@ pub enum MachineError {
     /// Kernel and boot structures.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The memory of the devices' registers.
+    #[error("reserve memory for the devices' registers")]
+    Registers(#[source] io::Error),
     /// An event.
     #[error("make an event")]
     Event(#[source] io::Error),
@@ -91,6 +95,7 @@ pub struct Assembly {
     ports: Ports,
     msrs: MsrList,
     vm: Arc<Vm>,
+    backplane: Backplane,
     memory: GuestMemoryMmap,
 }
 
@@ -110,11 +115,13 @@ impl Assembly {
                 &model.for_cpu(index)?,
             )?);
         }
+        let backplane = Backplane::new(&vm, &memory)?;
         Ok(Self {
             vcpus,
             ports: Ports::default(),
             msrs,
             vm,
+            backplane,
             memory,
         })
     }
@@ -181,6 +188,7 @@ impl Assembly {
             ports,
             ending,
             vm: self.vm,
+            backplane: self.backplane,
             memory: self.memory,
         })
     }
@@ -194,6 +202,7 @@ pub struct Machine {
     ports: Arc<Ports>,
     ending: Arc<EndingSlot>,
     vm: Arc<Vm>,
+    backplane: Backplane,
     memory: GuestMemoryMmap,
 }
 

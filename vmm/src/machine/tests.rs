@@ -209,18 +209,12 @@ fn devices_come_and_go() {
 
 #[test]
 fn the_guest_sees_placeholders() {
-    use crate::kvm::exits::Bus;
     let Some((mut assembly, _pipe)) = assembly(1) else {
         return;
     };
     assembly.add_spare_places(1).expect("spare place");
     let machine = boot(assembly, WAITING_GUEST);
-    let read = |offset: u64| {
-        let mut data = [0xff; 4];
-        let address = layout::VIRTIO_MMIO + layout::VIRTIO_MMIO_SIZE + offset;
-        machine.ports.read_memory(address, &mut data);
-        u32::from_le_bytes(data)
-    };
+    let read = |offset: u64| machine.backplane.registers().page(1).get(offset);
     assert_eq!([read(0), read(4), read(8)], [0x7472_6976, 2, 0]);
     assert_eq!([read(0x34), read(0x70), read(0x100)], [0; 3]);
     machine.attach(Box::new(Rng::default())).expect("attach");

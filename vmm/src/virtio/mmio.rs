@@ -20,37 +20,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::MmioInterrupt;
 use super::queue::QueueRegisters;
+use super::registers::{CONFIG_SIZE, register};
 use super::{Activation, ActiveQueue, Memory, VirtioDevice};
 use crate::failure::Chain;
-
-/// Registers (§4.2.2).
-mod register {
-    pub(super) const MAGIC: u64 = 0x00;
-    pub(super) const VERSION: u64 = 0x04;
-    pub(super) const DEVICE_ID: u64 = 0x08;
-    pub(super) const VENDOR_ID: u64 = 0x0c;
-    pub(super) const DEVICE_FEATURES: u64 = 0x10;
-    pub(super) const DEVICE_FEATURES_SELECT: u64 = 0x14;
-    pub(super) const DRIVER_FEATURES: u64 = 0x20;
-    pub(super) const DRIVER_FEATURES_SELECT: u64 = 0x24;
-    pub(super) const QUEUE_SELECT: u64 = 0x30;
-    pub(super) const QUEUE_SIZE_MAX: u64 = 0x34;
-    pub(super) const QUEUE_SIZE: u64 = 0x38;
-    pub(super) const QUEUE_READY: u64 = 0x44;
-    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
-    pub(super) const INTERRUPT_ACK: u64 = 0x64;
-    pub(super) const STATUS: u64 = 0x70;
-    pub(super) const QUEUE_DESCRIPTORS: u64 = 0x80;
-    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
-    pub(super) const SHARED_MEMORY_SELECT: u64 = 0xac;
-    pub(super) const SHARED_MEMORY_LENGTH: u64 = 0xb0;
-    pub(super) const SHARED_MEMORY_BASE_HIGH: u64 = 0xbc;
-    pub(super) const CONFIG_GENERATION: u64 = 0xfc;
-    pub(super) const CONFIG: u64 = 0x100;
-}
-
-/// The register that notifies the device, by the queue's index; KVM serves it.
-pub const QUEUE_NOTIFY: u64 = 0x50;
 
 /// Bits of the status register (§2.1).
 pub mod status {
@@ -67,12 +39,6 @@ pub mod status {
     /// The driver has given up.
     pub const FAILED: u32 = 128;
 }
-
-/// "virt".
-const MAGIC: u32 = 0x7472_6976;
-const VERSION: u32 = 2;
-/// The vendor means nothing to drivers: "BLKH".
-const VENDOR: u32 = 0x484b_4c42;
 
 /// VIRTIO_F_VERSION_1 (§6).
 pub const FEATURE_VERSION_1: u64 = 1 << 32;
@@ -110,7 +76,7 @@ impl MmioTransport {
             .iter()
             .map(|size| QueueRegisters::new(*size))
             .collect();
-        Self {
+        let transport = Self {
             device,
             interrupt: Arc::new(interrupt),
             memory,
@@ -122,72 +88,52 @@ impl MmioTransport {
             queue_select: 0,
             queues,
             active: false,
-        }
+        };
+        transport.show_all();
+        transport
     }
 
-    /// What a driver reads where no device is: a placeholder, of id 0 and without a function
-    /// (§4.2.3.1.1).
-    pub fn read_placeholder(offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            let value = match offset {
-                register::MAGIC => MAGIC,
-                register::VERSION => VERSION,
-                register::VENDOR_ID => VENDOR,
-                _ => 0,
-            };
-            *data = value.to_le_bytes();
-        }
-    }
-
-    /// Ends the device for good, whatever its driver does; gives the events of its queues.
+    /// Ends the device for good, whatever its driver does; gives the events of its queues. The guest
+    /// finds a placeholder.
     pub fn remove(mut self) -> Vec<EventFd> {
+        self.interrupt.page().clear();
         self.device.deactivate();
+        // Its thread may have said something yet.
+        self.interrupt.page().clear();
         self.notifications
     }
 
-    /// The driver reads `data.len()` bytes at `offset`.
-    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= register::CONFIG {
-            self.device.read_config(offset - register::CONFIG, data);
-            return;
-        }
-        // §4.2.2.2: registers are read and written with 32 bits, aligned.
-        if let Ok(data) = <&mut [u8; 4]>::try_from(data)
-            && offset.is_multiple_of(4)
+    /// Shows what registers the guest may read, and last that there is a device.
+    pub(super) fn show_all(&self) {
+        let page = self.interrupt.page();
+        let mut config = [0; CONFIG_SIZE];
+        self.device.read_config(0, &mut config);
+        page.set_config(0, &config);
+        // No shared memory regions: length and base read as all ones (§4.2.2.1).
+        for offset in
+            (register::SHARED_MEMORY_LENGTH..=register::SHARED_MEMORY_BASE_HIGH).step_by(4)
         {
-            *data = self.read_register(offset).to_le_bytes();
-        } else {
-            debug!(offset, "the driver reads part of a register");
+            page.set(offset, u32::MAX);
         }
+        self.show();
+        page.set(register::DEVICE_ID, self.device.kind() as u32);
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            register::MAGIC => MAGIC,
-            register::VERSION => VERSION,
-            register::DEVICE_ID => self.device.kind() as u32,
-            register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => match self.device_features_select {
-                0 => low(self.offered()),
-                1 => high(self.offered()),
-                _ => 0,
-            },
-            register::QUEUE_SIZE_MAX => {
-                self.selected().map_or(0, |queue| u32::from(queue.max_size))
-            }
-            register::QUEUE_READY => self.selected().map_or(0, |queue| u32::from(queue.ready)),
-            register::INTERRUPT_STATUS => self.interrupt.status(),
-            register::STATUS => self.current_status(),
-            // No shared memory regions: length and base read as all ones (§4.2.2.1).
-            register::SHARED_MEMORY_LENGTH..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
-            register::CONFIG_GENERATION => self.interrupt.generation(),
-            _ => {
-                debug!(offset, "the driver reads a register that cannot be read");
-                0
-            }
-        }
+    /// Shows what the driver's writes change.
+    fn show(&self) {
+        let page = self.interrupt.page();
+        let features = match self.device_features_select {
+            0 => low(self.offered()),
+            1 => high(self.offered()),
+            _ => 0,
+        };
+        page.set(register::DEVICE_FEATURES, features);
+        let selected = self.selected();
+        let most = selected.map_or(0, |queue| u32::from(queue.max_size));
+        page.set(register::QUEUE_SIZE_MAX, most);
+        let ready = selected.map_or(0, |queue| u32::from(queue.ready));
+        page.set(register::QUEUE_READY, ready);
+        self.interrupt.show_status(self.status);
     }
 
     /// The driver writes `data` at `offset`.
@@ -195,12 +141,15 @@ impl MmioTransport {
         if offset >= register::CONFIG {
             if self.status & (status::DRIVER | status::FAILED) == status::DRIVER {
                 self.device.write_config(offset - register::CONFIG, data);
+                self.show_all();
             }
             return;
         }
+        // §4.2.2.2: registers are read and written with 32 bits, aligned.
         match <[u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => {
-                self.write_register(offset, u32::from_le_bytes(data))
+                self.write_register(offset, u32::from_le_bytes(data));
+                self.show();
             }
             _ => debug!(offset, "the driver writes part of a register"),
         }
@@ -218,7 +167,7 @@ impl MmioTransport {
                 self.set_up_queue(offset, value);
             }
             // KVM signals the device itself; only numbers of queues that do not exist come here.
-            QUEUE_NOTIFY => debug!(value, "the driver notifies a queue that is none"),
+            register::QUEUE_NOTIFY => debug!(value, "the driver notifies a queue that is none"),
             // There is none, whichever is selected.
             register::SHARED_MEMORY_SELECT => {}
             register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
@@ -232,15 +181,6 @@ impl MmioTransport {
 
     fn offered(&self) -> u64 {
         self.device.features() | FEATURE_VERSION_1
-    }
-
-    fn current_status(&self) -> u32 {
-        let needs_reset = if self.interrupt.needs_reset() {
-            status::NEEDS_RESET
-        } else {
-            0
-        };
-        self.status | needs_reset
     }
 
     fn selected(&self) -> Option<&QueueRegisters> {

@@ -68,6 +68,7 @@ impl MmioTransport {
             state.config_generation,
             state.needs_reset,
         );
+        self.show_all();
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::virtio::registers::RegisterPages;
 use crate::virtio::state::BlockState;
 use crate::virtio::{ActivateError, DeviceKind, DeviceState, StateError};
 
@@ -96,7 +97,10 @@ impl Bench {
         let event = || EventFd::new(EFD_NONBLOCK).expect("event");
         let irq = event();
         let line = irq.try_clone().expect("clone");
-        let interrupt = MmioInterrupt::new(Box::new(move || line.write(1)));
+        let interrupt = MmioInterrupt::new(
+            Box::new(move || line.write(1)),
+            RegisterPages::new().expect("pages").page(3),
+        );
         let seen = Arc::<Mutex<Seen>>::default();
         let device = Fake {
             seen: seen.clone(),
@@ -119,7 +123,7 @@ impl Bench {
 
     fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0xaa; 4];
-        self.transport.read(offset, &mut data);
+        self.transport.interrupt.page().read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
@@ -332,7 +336,7 @@ fn interrupts_are_acknowledged_bit_by_bit() {
     bench
         .transport
         .interrupt
-        .configuration_changed()
+        .configuration_changed(1, &[7])
         .expect("interrupt");
     assert_eq!(bench.irq.read().expect("interrupt"), 2);
     assert_eq!(bench.read(register::INTERRUPT_STATUS), 3);
@@ -347,10 +351,10 @@ fn interrupts_are_acknowledged_bit_by_bit() {
 fn the_configuration_has_any_width() {
     let mut bench = Bench::new();
     let mut byte = [0];
-    bench.transport.read(0x101, &mut byte);
+    bench.transport.interrupt.page().read(0x101, &mut byte);
     assert_eq!(byte, [2]);
     let mut long = [0xff; 8];
-    bench.transport.read(0x102, &mut long);
+    bench.transport.interrupt.page().read(0x102, &mut long);
     assert_eq!(long, [3, 4, 5, 0, 0, 0, 0, 0]);
     bench.transport.write(0x100, &[9]);
     assert!(
@@ -364,15 +368,11 @@ fn the_configuration_has_any_width() {
 }
 
 #[test]
-fn registers_have_one_width() {
+fn registers_are_written_with_one_width() {
     let mut bench = Bench::new();
     for length in [1, 2, 3, 8] {
-        let mut data = vec![0xff; length];
-        bench.transport.read(0, &mut data);
-        assert!(data.iter().all(|byte| *byte == 0));
         bench.transport.write(register::STATUS, &vec![1; length]);
     }
-    assert_eq!(bench.read(2), 0);
     bench.transport.write(register::STATUS + 2, &[1; 4]);
     assert_eq!(bench.status(), 0);
 }
@@ -394,7 +394,11 @@ fn random_accesses_are_survived() {
         let value = if next() % 2 == 0 { small } else { next() };
         if next() % 8 == 0 {
             let mut data = [0; 4];
-            bench.transport.read(offset & !3, &mut data);
+            bench
+                .transport
+                .interrupt
+                .page()
+                .read(offset & !3, &mut data);
         } else {
             bench
                 .transport

@@ -15,6 +15,7 @@ pub mod mmio_state;
 pub mod net;
 pub mod queue;
 pub mod rate_limit;
+pub mod registers;
 pub mod rng;
 pub mod state;
 #[cfg(test)]
@@ -53,8 +54,8 @@ pub trait Interrupt: Send + Sync {
     /// Buffers of the queue were used (virtio 1.2 §2.3). The caller has applied the rules of
     /// notification suppression.
     fn used_buffers(&self, queue: u16) -> io::Result<()>;
-    /// The configuration space changed.
-    fn configuration_changed(&self) -> io::Result<()>;
+    /// The configuration space changed, to these bytes from `offset` on.
+    fn configuration_changed(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
     /// The device met something that it cannot go on from, such as a broken queue: the transport
     /// sets DEVICE_NEEDS_RESET and tells the driver (virtio 1.2 §2.1.2). A [`worker::Worker`] calls
     /// this when its handler fails.
@@ -112,7 +113,8 @@ pub trait VirtioDevice: Send {
     fn needed_queues(&self, _features: u64) -> usize {
         self.queue_sizes().len()
     }
-    /// Reads the configuration space; bytes beyond it are left as they are (zero).
+    /// Reads the configuration space, of [`registers::CONFIG_SIZE`] bytes at most; bytes beyond it are
+    /// left as they are (zero).
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the configuration space; most devices have nothing writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

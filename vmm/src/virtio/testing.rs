@@ -283,7 +283,7 @@ impl Interrupt for Line {
     fn used_buffers(&self, queue: u16) -> io::Result<()> {
         self.send(Told::Used(queue))
     }
-    fn configuration_changed(&self) -> io::Result<()> {
+    fn configuration_changed(&self, _offset: u64, _bytes: &[u8]) -> io::Result<()> {
         self.send(Told::Configuration)
     }
     fn device_needs_reset(&self) -> io::Result<()> {

@@ -193,7 +193,7 @@ mod tests {
         fn used_buffers(&self, _queue: u16) -> io::Result<()> {
             Ok(())
         }
-        fn configuration_changed(&self) -> io::Result<()> {
+        fn configuration_changed(&self, _: u64, _: &[u8]) -> io::Result<()> {
             Ok(())
         }
         fn device_needs_reset(&self) -> io::Result<()> {

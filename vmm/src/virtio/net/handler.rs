@@ -20,6 +20,8 @@ const TRANSMIT: u64 = 1;
 const CONTROL: u64 = 2;
 const TAP: u64 = 3;
 
+/// Where the link's status lies in the configuration space (virtio 1.2 §5.1.4).
+const STATUS_OFFSET: u64 = 6;
 /// Events after which the driver hears of the buffers that it has sent, if no pause comes first.
 const MOST_EVENTS: u32 = 64;
 
@@ -171,7 +173,8 @@ impl PairHandler {
     fn tap_is_gone(&self) -> Result<(), HandlerError> {
         if self.link.take_down() {
             warn!(tap = self.tap.name(), "the tap of an interface is gone");
-            self.interrupt.configuration_changed()?;
+            self.interrupt
+                .configuration_changed(STATUS_OFFSET, &0u16.to_le_bytes())?;
         }
         Ok(())
     }
