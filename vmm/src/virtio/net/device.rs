@@ -19,7 +19,7 @@ use super::transmit::Transmit;
 use crate::threads::Role;
 use crate::virtio::config_space;
 use crate::virtio::state::NetworkState;
-use crate::virtio::worker::Worker;
+use crate::virtio::worker::{EventSet, Worker};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, DeviceState, StateError, VirtioDevice,
 };
@@ -122,6 +122,8 @@ impl Net {
             link: self.link.clone(),
             receiving: Receiving::Ready,
             full: false,
+            watched: EventSet::empty(),
+            forgotten: false,
             events: 0,
         }
     }

@@ -37,6 +37,10 @@ pub(super) struct PairHandler {
     pub(super) receiving: Receiving,
     /// The tap takes no packets; it says when it does again.
     pub(super) full: bool,
+    /// What the tap is watched for.
+    pub(super) watched: EventSet,
+    /// The tap is not watched any more.
+    pub(super) forgotten: bool,
     /// Events since the driver was told of what was sent.
     pub(super) events: u32,
 }
@@ -78,12 +82,11 @@ impl Handler for PairHandler {
         if let Some(control) = &self.control {
             poll.add_event(control.ring().event(), CONTROL)?;
         }
-        // Once for each change, so that a tap with packets that nobody takes costs nothing.
-        let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        poll.add(self.queue(), TAP, events)
+        self.watched = EventSet::IN;
+        poll.add(self.queue(), TAP, self.watched)
     }
 
-    fn handle(&mut self, _: &Poll, token: u64, events: EventSet) -> Result<(), HandlerError> {
+    fn handle(&mut self, poll: &Poll, token: u64, events: EventSet) -> Result<(), HandlerError> {
         match token {
             RECEIVE => self.buffers_came()?,
             TRANSMIT if !self.full => self.send()?,
@@ -91,6 +94,7 @@ impl Handler for PairHandler {
             TAP => self.tap_changed(events)?,
             _ => {}
         }
+        self.watch(poll)?;
         if self.transmit.is_silent() {
             self.events += 1;
             if self.events > MOST_EVENTS {
@@ -115,6 +119,30 @@ impl PairHandler {
         self.tap.queue(self.pair)
     }
 
+    /// Waits for no more than can be used: packets that nobody takes would come up again and again.
+    fn watch(&mut self, poll: &Poll) -> io::Result<()> {
+        if self.receiving == Receiving::Over {
+            // Its errors would never end.
+            if !self.forgotten {
+                self.forgotten = true;
+                poll.remove(self.queue())?;
+            }
+            return Ok(());
+        }
+        let mut wanted = EventSet::empty();
+        if self.receiving != Receiving::Buffers {
+            wanted |= EventSet::IN;
+        }
+        if self.full {
+            wanted |= EventSet::OUT;
+        }
+        if wanted != self.watched {
+            self.watched = wanted;
+            poll.modify(self.queue(), TAP, wanted)?;
+        }
+        Ok(())
+    }
+
     fn buffers_came(&mut self) -> Result<(), HandlerError> {
         match self.receiving {
             Receiving::Ready | Receiving::Buffers => self.receive(),
@@ -123,14 +151,20 @@ impl PairHandler {
     }
 
     fn tap_changed(&mut self, events: EventSet) -> Result<(), HandlerError> {
-        if events.contains(EventSet::OUT) && self.full {
+        let failed = events.intersects(EventSet::ERROR | EventSet::HANG_UP);
+        if self.full && (failed || events.contains(EventSet::OUT)) {
             self.full = false;
             self.send()?;
         }
-        if self.receiving == Receiving::Packet {
-            self.receive()?;
+        if failed && self.receiving == Receiving::Buffers {
+            // Whether the driver has buffers or not.
+            self.receiving = Receiving::Over;
+            return self.tap_is_gone();
         }
-        Ok(())
+        match self.receiving {
+            Receiving::Ready | Receiving::Packet => self.receive(),
+            Receiving::Buffers | Receiving::Over => Ok(()),
+        }
     }
 
     fn receive(&mut self) -> Result<(), HandlerError> {

@@ -19,6 +19,8 @@ use virtio_queue::Queue;
 
 /// Packets given to the guest between two looks at other events.
 const BUDGET: usize = 256;
+/// After a packet of so many bytes another is likely, and is asked for without waiting for an event.
+const LARGE: usize = 1000;
 /// Packets after which a guest that wants to know is told, in a stream without a gap.
 const BATCH: usize = 32;
 
@@ -32,7 +34,7 @@ struct Held {
 /// Why receiving stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stopped {
-    /// The tap has no packet.
+    /// The tap has no packet, or says so if it has.
     Empty,
     /// The driver has too few buffers for a packet.
     Starved,
@@ -81,7 +83,8 @@ impl Receive {
         &self.ring
     }
 
-    /// Moves packets until something is missing.
+    /// Moves packets until something is missing. A small packet alone, such as a request, is not worth
+    /// the question whether there is another: the tap's event comes again if so.
     pub(super) fn run(
         &mut self,
         tap: BorrowedFd<'_>,
@@ -94,7 +97,13 @@ impl Receive {
                 break;
             };
             match self.buffers.read(tap, pieces) {
-                Ok(count) if count >= HEADER_SIZE => self.deliver(count)?,
+                Ok(count) if count >= HEADER_SIZE => {
+                    self.deliver(count)?;
+                    if packet == 0 && count < LARGE {
+                        stopped = Stopped::Empty;
+                        break;
+                    }
+                }
                 // The end of what is no tap.
                 Ok(_) => {
                     stopped = Stopped::Gone;

@@ -36,6 +36,11 @@ impl Wire {
         send(&self.0, packet, SendFlags::NOSIGNAL).expect("send");
     }
 
+    /// Sends if there is room.
+    pub(super) fn try_send(&self, packet: &[u8]) {
+        let _ = send(&self.0, packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    }
+
     /// Drops what has come.
     fn drain(&self) {
         let mut bytes = [0];
