@@ -93,7 +93,7 @@ impl Change<'_> {
             for interface in &self.wanted.interfaces {
                 let device = interface.device.clone().unwrap_or_default();
                 if let Some(link) = applied.links.get_mut(&device) {
-                    set_link(netlink, link, interface)?;
+                    set_link(netlink, link, interface, self.has_ipv6(&interface.name))?;
                 }
             }
             self.add_to_tables(netlink, applied)
@@ -231,6 +231,23 @@ impl Change<'_> {
         }
     }
 
+    /// Whether the container has not turned IPv6 off on an interface (net.ipv6.conf.*.disable_ipv6):
+    /// then what the host has of it counts for nothing.
+    fn has_ipv6(&self, name: &str) -> bool {
+        let path = format!("sys/net/ipv6/conf/{name}/disable_ipv6");
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let mut value = [0];
+        openat(self.proc, path, flags, Mode::empty())
+            .and_then(|file| rustix::io::read(&file, &mut value))
+            .is_ok()
+            && value == *b"0"
+    }
+
+    fn can_have(&self, route: &Route) -> bool {
+        let mut devices = route.hops.iter().filter_map(|hop| hop.device.as_deref());
+        route.destination.is_ipv4() || devices.all(|device| self.has_ipv6(device))
+    }
+
     /// Gives links their names. One that another is to give up is free after that other has its
     /// interim name.
     fn name_links(&self, netlink: &mut Netlink, applied: &mut Applied) -> Result<()> {
@@ -268,6 +285,7 @@ impl Change<'_> {
             .routes
             .iter()
             .filter(|route| !present(route) || !disturbed.is_empty() && route.uses(&disturbed))
+            .filter(|route| self.can_have(route))
             .collect();
         for route in missing {
             let action = || format!("add the route to {route}");
@@ -278,6 +296,9 @@ impl Change<'_> {
             }
         }
         for neighbour in &self.wanted.neighbours {
+            if neighbour.address.is_ipv6() && !self.has_ipv6(&neighbour.device) {
+                continue;
+            }
             let index = applied.index(&neighbour.device)?;
             let link = applied.links.values().find(|link| link.index == index);
             if applied.neighbours.contains(neighbour) && !link.is_some_and(|link| link.disturbed) {
@@ -338,7 +359,7 @@ fn set_name(netlink: &mut Netlink, link: &mut Link, name: &str) -> Result<()> {
 }
 
 /// Makes a link of this name what is wanted.
-fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface) -> Result<()> {
+fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface, ipv6: bool) -> Result<()> {
     let name = &wanted.name;
     let index = link.index;
     let present = &mut link.interface;
@@ -375,7 +396,7 @@ fn set_link(netlink: &mut Netlink, link: &mut Link, wanted: &Interface) -> Resul
     }
     for address in &wanted.addresses {
         let known = present.addresses.contains(address);
-        if known && !link.disturbed {
+        if known && !link.disturbed || address.local.is_ipv6() && !ipv6 {
             continue;
         }
         let message = messages::add_address(index, address);

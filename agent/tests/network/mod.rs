@@ -350,6 +350,24 @@ pub(crate) fn parameters(fixture: &Fixture) {
     assert_eq!(crate::support::read_all(&mut stream), "1\n0\n7\n");
     container.remove_by_force();
 
+    // Without IPv6 in the container, what the host has of it counts for nothing.
+    let mut without = spec(&["sleep", "1000"]);
+    without["linux"]["sysctl"] = json!({"net.ipv6.conf.all.disable_ipv6": "1"});
+    pair(fixture, 2);
+    let container = Waiting(fixture.create_only("net", &without, Stdio::new()));
+    let mut wanted = request("net", vec![interface(2, "eth0")]);
+    wanted.interfaces[0].addresses.push(address("10.2.0.3/24"));
+    wanted.routes = vec![route("::/0", "fd02::1", "eth0")];
+    fixture.set_network(&wanted);
+    wanted.interfaces[0].addresses.remove(0);
+    fixture.set_network(&wanted);
+    container.0.try_start().expect("started");
+    container.shows(
+        "ip addr show eth0 | grep -o 'inet.*/[0-9]*'",
+        &["inet 10.2.0.3/24"],
+    );
+    container.0.remove_by_force();
+
     let message = fixture.try_run("net", &own).expect_err("refused");
     assert!(
         message.contains("linux.sysctl net/ipv4/conf/eth0/forwarding: no interface"),
