@@ -22,7 +22,7 @@ use crate::{
     network::{Bus, Host},
     reaper::Reaper,
     sandbox::Sandbox,
-    service,
+    service, sockets,
     stdio::Streams,
     sys,
 };
@@ -56,6 +56,7 @@ pub fn log_level() -> LevelFilter {
 pub async fn run(started_us: u64) -> Result<()> {
     let rpc = listen(RPC_PORT)?;
     let stdio = listen(STDIO_PORT)?;
+    tokio::spawn(sockets::serve(sockets::listen()?));
     greet(started_us)?;
     prepare()?;
     let surroundings = surroundings(Path::new(SHARE), mount_share(), Path::new("/sys"))?;

@@ -11,5 +11,6 @@ pub mod process;
 pub mod reaper;
 pub mod sandbox;
 pub mod service;
+pub mod sockets;
 pub mod stdio;
 mod sys;

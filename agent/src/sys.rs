@@ -137,6 +137,23 @@ pub(crate) fn watch(descriptor: OwnedFd, interest: Interest) -> io::Result<Async
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, interest) }?)
 }
 
+/// The mark of a socket (SO_MARK, socket(7)).
+pub(crate) fn socket_mark(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut mark = 0u32;
+    let mut length = libc::socklen_t::try_from(size_of_val(&mark)).unwrap_or(0);
+    // SAFETY: the kernel writes at most `length` bytes to `mark`, which has as many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MARK,
+            ptr::from_mut(&mut mark).cast(),
+            &mut length,
+        )
+    };
+    check(result.into()).map(|_| mark)
+}
+
 /// Sends a signal of any number to the process of a pidfd.
 pub(crate) fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let none = ptr::null::<libc::siginfo_t>();

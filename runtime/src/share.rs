@@ -4,12 +4,16 @@
 use std::{
     collections::HashMap,
     fs, io,
-    os::unix::fs::FileTypeExt,
+    os::{fd::AsRawFd, unix::fs::FileTypeExt},
     path::{Path, PathBuf},
 };
 
 use bulkhead_vmm::config::ShareEntry;
 use oci_spec::runtime::{Mount, Spec};
+use rustix::{
+    fs::{Mode, OFlags, open},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+};
 
 use crate::spec::SpecError;
 
@@ -103,9 +107,10 @@ fn bind_source(index: usize, mount: &Mount, bundle: &Path) -> Result<PathBuf, Sp
         field: field.clone(),
         reason: format!("{} is {reason}", path.display()),
     };
-    if kind.is_socket() {
+    // The guest reaches what listens on a socket of the share, if it takes connections.
+    if kind.is_socket() && takes_datagrams(&real).map_err(failed)? {
         return Err(unsupported(
-            "a socket: its other end lives on the host, not in the guest",
+            "a socket for datagrams, which do not cross into a guest; only stream sockets do",
         ));
     }
     if kind.is_char_device() || kind.is_block_device() {
@@ -126,6 +131,21 @@ fn bind_source(index: usize, mount: &Mount, bundle: &Path) -> Result<PathBuf, Sp
         )));
     }
     Ok(real)
+}
+
+/// Whether somebody receives datagrams at a socket. Who listens there for connections notices nothing
+/// of the question (EPROTOTYPE, unix(7)).
+fn takes_datagrams(path: &Path) -> io::Result<bool> {
+    let file = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // A socket's path has 107 bytes at most, so the file goes by its number.
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok(connect(&socket, &address).is_ok())
 }
 
 /// The name of a file system whose files are the kernel speaking, if the path lies on one.
@@ -174,6 +194,7 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         fs::create_dir(bundle.path().join("data")).unwrap();
         fs::write(bundle.path().join("file"), b"").unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(bundle.path().join("socket")).unwrap();
         let share = collected(
             bundle.path(),
             json!([
@@ -181,6 +202,7 @@ mod tests {
                 {"destination": "/d", "type": "bind", "source": "data", "options": ["rbind", "ro"]},
                 {"destination": "/f", "type": "none", "source": "file", "options": ["bind"]},
                 {"destination": "/g", "source": "file", "options": ["bind", "ro", "rw"]},
+                {"destination": "/s", "source": "socket", "options": ["bind"]},
             ]),
         )
         .unwrap();
@@ -196,18 +218,19 @@ mod tests {
                 ("one/mounts/1", true, true),
                 ("one/mounts/2", false, false),
                 ("one/mounts/3", false, false),
+                ("one/mounts/4", false, false),
             ]
         );
-        assert_eq!(share.bind_sources.len(), 3);
+        assert_eq!(share.bind_sources.len(), 4);
         assert_eq!(share.bind_sources[&1], "one/mounts/1");
     }
 
     #[test]
     fn what_cannot_be_shared_is_refused_by_name() {
         let bundle = tempfile::tempdir().unwrap();
-        let _socket = std::os::unix::net::UnixListener::bind(bundle.path().join("socket")).unwrap();
+        let _socket = std::os::unix::net::UnixDatagram::bind(bundle.path().join("socket")).unwrap();
         for (source, word) in [
-            ("socket", "socket"),
+            ("socket", "datagrams"),
             ("/dev/null", "device"),
             ("/proc/sys", "proc"),
             ("/sys", "sysfs"),

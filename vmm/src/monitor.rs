@@ -20,6 +20,7 @@ use crate::opened::{OpenError, Opened, Sockets};
 use crate::sys;
 use crate::virtio::blk::Block;
 use crate::virtio::fs::{self, Filesystem, FilesystemError, Share};
+use crate::virtio::host_connections::HostConnections;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
 
@@ -129,16 +130,18 @@ fn build(
     for (index, (serial, disk)) in (0..).zip(disks) {
         assembly.add_device(Box::new(Block::new(index, serial, disk)))?;
     }
+    let connections = HostConnections::default();
     if let Some(config) = &config.share {
         let root = jail::SHARE.into();
         let share = Share {
             root,
             proc_self_fd: descriptors,
+            connections: connections.clone(),
         };
         assembly.add_device(Box::new(Filesystem::new(&config.tag, share)?))?;
     }
     if let Some((guest_cid, listener)) = sockets {
-        let vsock = Vsock::new(guest_cid, listener, Path::new(jail::SOCKETS))?;
+        let vsock = Vsock::new(guest_cid, listener, Path::new(jail::SOCKETS), connections)?;
         assembly.add_device(Box::new(vsock))?;
     }
     assembly.add_device(Box::new(Rng::default()))?;

@@ -9,6 +9,7 @@ pub mod blk;
 pub mod chain;
 pub mod config_space;
 pub mod fs;
+pub mod host_connections;
 pub mod interrupt;
 pub mod mmio;
 pub mod mmio_state;

@@ -71,6 +71,8 @@ pub struct FilesystemState {
     pub tag: String,
     /// As the file server serialises it (inodes by path, open handles).
     pub server: Vec<u8>,
+    /// What the guest watches (inotify): nodes of the server with masks.
+    pub watches: Vec<(u64, u32)>,
 }
 
 /// Why state could not be taken or put back.

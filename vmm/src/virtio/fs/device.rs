@@ -8,6 +8,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::Queue;
 
 use super::handler::FilesystemHandler;
+use super::host::HostSide;
 use super::log;
 use super::request::{PRIVATE_SIZE, Requests};
 use super::server::{self, FileServer, Share};
@@ -51,6 +52,8 @@ pub struct Filesystem {
     tag: String,
     config: [u8; CONFIG_SIZE],
     server: Arc<FileServer>,
+    /// While no thread has it.
+    host: Option<HostSide>,
     worker: Option<Worker<FilesystemHandler>>,
     /// State was saved or restored: the server goes on with it at the next activation.
     keep_state: bool,
@@ -68,7 +71,7 @@ impl Filesystem {
         // num_request_queues
         config[TAG_SIZE] = 1;
         log::install();
-        let server = server::new(share).map_err(|source| FilesystemError::Server {
+        let (server, host) = server::new(share).map_err(|source| FilesystemError::Server {
             tag: tag.into(),
             source,
         })?;
@@ -76,6 +79,7 @@ impl Filesystem {
             tag: tag.into(),
             config,
             server: Arc::new(server),
+            host: Some(host),
             worker: None,
             keep_state: false,
         })
@@ -100,9 +104,14 @@ impl VirtioDevice for Filesystem {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let mut host = self.host.take().ok_or_else(|| ActivateError::Backend {
+            what: format!("the share {:?}", self.tag),
+            source: io::Error::other("an earlier start of the device failed"),
+        })?;
         if !std::mem::take(&mut self.keep_state) {
             // A driver that starts anew knows no inode and has no file open.
             self.server.destroy();
+            host.reset();
         }
         let backend = |source| ActivateError::Backend {
             what: format!("memory for the share {:?}", self.tag),
@@ -115,6 +124,7 @@ impl VirtioDevice for Filesystem {
             queues: activation.queues,
             interrupt: activation.interrupt.clone(),
             server: self.server.clone(),
+            host,
             requests,
             settled: false,
             log: RateLimit::default(),
@@ -128,10 +138,12 @@ impl VirtioDevice for Filesystem {
         let Some(worker) = self.worker.take() else {
             return Vec::new();
         };
-        let Some(handler) = worker.stop() else {
+        let Some(mut handler) = worker.stop() else {
             warn!(tag = self.tag, "the thread of the share has panicked");
             return Vec::new();
         };
+        handler.leave_nothing_waiting();
+        self.host = Some(handler.host);
         handler
             .queues
             .into_iter()
@@ -148,6 +160,11 @@ impl VirtioDevice for Filesystem {
         Ok(DeviceState::Filesystem(FilesystemState {
             tag: self.tag.clone(),
             server,
+            watches: self
+                .host
+                .as_ref()
+                .map(HostSide::watches)
+                .unwrap_or_default(),
         }))
     }
 
@@ -168,6 +185,9 @@ impl VirtioDevice for Filesystem {
             what: "restore the file server's state",
             source,
         })?;
+        if let Some(host) = &mut self.host {
+            host.restore(state.watches);
+        }
         self.keep_state = true;
         Ok(())
     }

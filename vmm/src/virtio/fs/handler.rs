@@ -8,6 +8,7 @@ use tracing::warn;
 use virtio_queue::QueueT;
 use virtiofsd::descriptor_utils::Writer;
 
+use super::host::{self, HostSide, Outcome, Waiting};
 use super::request::Requests;
 use super::server::FileServer;
 use crate::sys::guest_view::{GuestView, leave_shared_fs_attributes};
@@ -28,6 +29,7 @@ pub(super) struct FilesystemHandler {
     pub(super) queues: Vec<ActiveQueue>,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) server: Arc<FileServer>,
+    pub(super) host: HostSide,
     pub(super) requests: Requests,
     /// The thread has its own working directory and file mode mask.
     pub(super) settled: bool,
@@ -39,27 +41,34 @@ impl Handler for FilesystemHandler {
         for (token, queue) in (0..).zip(&self.queues) {
             poll.add_event(&queue.notified, token)?;
         }
-        Ok(())
+        self.host.register(poll)
     }
 
-    fn handle(&mut self, _: &Poll, token: u64, _: EventSet) -> Result<(), HandlerError> {
+    fn handle(&mut self, poll: &Poll, token: u64, _: EventSet) -> Result<(), HandlerError> {
         if !self.settled {
             leave_shared_fs_attributes()?;
             rustix::process::umask(Mode::empty());
             self.settled = true;
+            self.host.settle(poll)?;
         }
-        let index = u16::try_from(token)?;
-        self.serve(index)
+        if token == host::CHANGES {
+            self.host.collect();
+        } else {
+            self.serve(poll, u16::try_from(token)?)?;
+        }
+        match self.host.answerable() {
+            Some(waiting) => self.answer_waiting(&waiting),
+            None => Ok(()),
+        }
     }
 }
 
 impl FilesystemHandler {
-    fn serve(&mut self, index: u16) -> Result<(), HandlerError> {
+    fn serve(&mut self, poll: &Poll, index: u16) -> Result<(), HandlerError> {
         let broken = |source| QueueError { index, source };
-        let memory = self.memory.original();
-        let active = &mut self.queues[usize::from(index)];
-        let queue = &mut active.queue;
         for _ in 0..BUDGET {
+            let memory = self.memory.original();
+            let queue = &mut self.queues[usize::from(index)].queue;
             queue.disable_notification(memory).map_err(broken)?;
             let Some(chain) = chain::next(queue, memory).map_err(broken)? else {
                 if queue.enable_notification(memory).map_err(broken)? {
@@ -68,10 +77,16 @@ impl FilesystemHandler {
                 return Ok(());
             };
             let head = chain.head_index();
-            let size = queue.size();
-            let answered = answer(&self.server, &mut self.requests, &self.memory, chain, size);
-            let written = match answered {
-                Ok(written) => written,
+            let place = (index, queue.size());
+            let mut service = Service {
+                server: &self.server,
+                host: &mut self.host,
+                requests: &mut self.requests,
+                memory: &self.memory,
+            };
+            let written = match service.answer(poll, chain, place) {
+                Ok(Outcome::Answered(written)) => written,
+                Ok(Outcome::Waits) => continue,
                 Err(error) => {
                     if let Some(unsaid) = self.log.allows() {
                         warn!(%error, unsaid, "a file request of the guest is malformed");
@@ -79,48 +94,92 @@ impl FilesystemHandler {
                     0
                 }
             };
-            queue.add_used(memory, head, written).map_err(broken)?;
             // At once: the guest waits for this, and the next may take long.
-            if queue.needs_notification(memory).map_err(broken)? {
-                self.interrupt.used_buffers(index)?;
-            }
+            self.used(index, head, written)?;
         }
-        active.notified.write(1)?;
+        self.queues[usize::from(index)].notified.write(1)?;
         Ok(())
+    }
+
+    /// Gives a request back to the driver, answered with so many bytes.
+    fn used(&mut self, index: u16, head: u16, written: u32) -> Result<(), HandlerError> {
+        let broken = |source| QueueError { index, source };
+        let memory = self.memory.original();
+        let queue = &mut self.queues[usize::from(index)].queue;
+        queue.add_used(memory, head, written).map_err(broken)?;
+        if queue.needs_notification(memory).map_err(broken)? {
+            self.interrupt.used_buffers(index)?;
+        }
+        Ok(())
+    }
+
+    fn answer_waiting(&mut self, waiting: &Waiting) -> Result<(), HandlerError> {
+        let written = self.host.answer(self.memory.original(), waiting)?;
+        self.used(waiting.queue, waiting.head, written)
+    }
+
+    /// Answers the request that waits for events with none: it is asked again. No request is lost
+    /// that way when the queues are taken from here.
+    pub(super) fn leave_nothing_waiting(&mut self) {
+        if let Some(waiting) = self.host.give_up_waiting()
+            && let Err(error) = self.answer_waiting(&waiting)
+        {
+            warn!(%error, "the guest hears of no more changes of the host");
+        }
     }
 }
 
-/// Carries out one request. Gives how many bytes the answer has; requests that the server cannot
-/// read, or must not, get EINVAL, and an error if there is no room for that.
-fn answer(
-    server: &FileServer,
-    requests: &mut Requests,
-    memory: &GuestView,
-    chain: Chain<'_>,
-    queue_size: u16,
-) -> Result<u32, HandlerError> {
-    let writer = Writer::new(memory.view(), chain.clone())?;
-    let request = requests.take(memory, chain, queue_size)?;
-    if !request.acceptable {
-        return refuse(writer, request.unique);
-    }
-    let spare = writer.clone();
-    match server.handle_message(request.reader, writer, None::<&mut ()>) {
-        Ok(written) => Ok(u32::try_from(written)?),
-        Err(error) => {
-            // The library's messages are limited in number already.
-            log::warn!("{error}");
-            refuse(spare, request.unique)
+/// What a request is answered with.
+struct Service<'a> {
+    server: &'a FileServer,
+    host: &'a mut HostSide,
+    requests: &'a mut Requests,
+    memory: &'a GuestView,
+}
+
+impl Service<'_> {
+    /// Carries out one request of a queue of this number and size. Requests that the server cannot
+    /// read, or must not, get EINVAL, and an error if there is no room for that.
+    fn answer(
+        &mut self,
+        poll: &Poll,
+        chain: Chain<'_>,
+        place: (u16, u16),
+    ) -> Result<Outcome, HandlerError> {
+        let writer = Writer::new(self.memory.view(), chain.clone())?;
+        let request = self.requests.take(self.memory, chain.clone(), place.1)?;
+        if !request.acceptable {
+            return refuse(writer, request.unique);
+        }
+        if let host::WATCH | host::EVENTS | host::CONNECT = self.requests.opcode() {
+            let memory = self.memory.original();
+            return Ok(self.host.serve(poll, memory, self.requests, chain, place)?);
+        }
+        let details = self.host.before(self.requests);
+        let spare = writer.clone();
+        let answered = self
+            .server
+            .handle_message(request.reader, writer, None::<&mut ()>);
+        if let Some(details) = details {
+            self.host.after(&details);
+        }
+        match answered {
+            Ok(written) => Ok(Outcome::Answered(u32::try_from(written)?)),
+            Err(error) => {
+                // The library's messages are limited in number already.
+                log::warn!("{error}");
+                refuse(spare, request.unique)
+            }
         }
     }
 }
 
 /// Writes an answer of EINVAL.
-fn refuse(mut writer: Writer<'_>, unique: [u8; 8]) -> Result<u32, HandlerError> {
+fn refuse(mut writer: Writer<'_>, unique: [u8; 8]) -> Result<Outcome, HandlerError> {
     let mut answer = [0; 16];
     answer[..4].copy_from_slice(&OUT_HEADER.to_le_bytes());
     answer[4..8].copy_from_slice(&(-libc::EINVAL).to_le_bytes());
     answer[8..].copy_from_slice(&unique);
     writer.write_all(&answer)?;
-    Ok(OUT_HEADER)
+    Ok(Outcome::Answered(OUT_HEADER))
 }

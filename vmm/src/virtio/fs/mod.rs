@@ -1,17 +1,22 @@
 //! virtio-fs (virtio 1.2 §5.11): a directory tree of the host as the guest's file system, served by
 //! virtiofsd's library in this process (docs/decisions/0001-virtio-fs-server.md).
 //!
-//! - `server`: the file server and its settings; `request`: requests as it may see them;
-//!   `handler`: the thread
+//! - `server`: the file server and its settings; `tree`: its files; `request`: requests as it may
+//!   see them; `handler`: the thread
+//! - `host`: what goes beyond FUSE: `changes` of watched files, `sockets` of the host
 //! - `device`: the device as its transport sees it; `log`: the library's messages
 
+mod changes;
 mod device;
 mod handler;
+mod host;
 mod log;
 mod request;
 mod server;
+mod sockets;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 pub use device::{Filesystem, FilesystemError};
 pub use server::{Share, raise_open_files};

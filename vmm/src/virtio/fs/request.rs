@@ -2,6 +2,8 @@
 //! would walk through `/` and `..` out of the share. They are checked here, on a copy that the guest
 //! cannot change any more; the bulk of long requests (data to write) stays where it is.
 
+use std::ffi::CString;
+
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -9,6 +11,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::Reader;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
+use super::host::CONNECT;
 use crate::sys::guest_view::{GuestView, PRIVATE};
 use crate::virtio::chain::{Chain, ChainError};
 
@@ -33,6 +36,20 @@ const FLAG_NEXT: u16 = 1;
 pub(super) struct Requests {
     queue: PrivateQueue,
     copy: Box<[u8; COPIED]>,
+    /// How much of it is the present request's.
+    copied: usize,
+}
+
+/// Which files a request is about, as far as changes of them go.
+#[derive(Debug)]
+pub(super) struct Details {
+    pub(super) opcode: u32,
+    /// The file that it changes.
+    pub(super) subject: u64,
+    /// The directories that its names are in.
+    pub(super) directories: Vec<u64>,
+    /// The names that it changes.
+    pub(super) names: Vec<CString>,
 }
 
 /// A queue in private memory: the way to give the library a reader.
@@ -62,7 +79,69 @@ impl Requests {
                 available: 0,
             },
             copy: Box::new([0; COPIED]),
+            copied: 0,
         })
+    }
+
+    /// What the present request asks for.
+    pub(super) fn opcode(&self) -> u32 {
+        number(&self.copy[..], 4)
+    }
+
+    /// The node that it is about.
+    pub(super) fn node(&self) -> u64 {
+        wide_number(&self.copy[..], 16)
+    }
+
+    /// Its field `unique`, which the answer repeats.
+    pub(super) fn unique(&self) -> [u8; 8] {
+        wide_number(&self.copy[..], 8).to_le_bytes()
+    }
+
+    /// User and group of the process that caused it.
+    pub(super) fn user(&self) -> (u32, u32) {
+        (number(&self.copy[..], 24), number(&self.copy[..], 28))
+    }
+
+    /// What of it was copied, without the header.
+    pub(super) fn body(&self) -> &[u8] {
+        self.copy[..self.copied]
+            .get(HEADER_SIZE..)
+            .unwrap_or_default()
+    }
+
+    /// A number in its body, 0 where the body does not reach.
+    pub(super) fn u32_at(&self, offset: usize) -> u32 {
+        number(self.body(), offset)
+    }
+
+    /// Which files it is about.
+    pub(super) fn details(&self) -> Details {
+        let (opcode, node, body) = (self.opcode(), self.node(), self.body());
+        let mut details = Details {
+            opcode,
+            subject: node,
+            directories: vec![node],
+            names: Vec::new(),
+        };
+        match opcode {
+            // LINK names the file in its body, COPY_FILE_RANGE the one that is written.
+            13 => details.subject = wide_number(body, 0),
+            47 => details.subject = wide_number(body, 16),
+            // RENAME, RENAME2
+            12 | 45 => details.directories.push(wide_number(body, 0)),
+            _ => {}
+        }
+        let (fixed, count) = names(opcode);
+        let names = body
+            .get(fixed..)
+            .unwrap_or_default()
+            .split(|byte| *byte == 0);
+        details.names = names
+            .take(count)
+            .filter_map(|name| CString::new(name).ok())
+            .collect();
+        details
     }
 
     /// Copies a request of the guest. Each descriptor is read once.
@@ -74,6 +153,7 @@ impl Requests {
     ) -> Result<Request<'m>, TakeError> {
         let segments = segments(memory.original(), chain, queue_size)?;
         let (copied, rest) = copy_out(memory.original(), &segments, self.copy.as_mut_slice())?;
+        self.copied = copied;
         let copy = &self.copy[..copied];
         let header = copy
             .first_chunk::<HEADER_SIZE>()
@@ -182,20 +262,10 @@ fn copy_out(
 /// `..`. A request whose names are not in the copy is not acceptable either.
 fn names_are_plain(header: &[u8; HEADER_SIZE], copy: &[u8]) -> bool {
     let opcode = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
-    // Bytes between the header and the first name, and how many names follow.
-    let (fixed, count) = match opcode {
-        // LOOKUP, SYMLINK (whose target may be anything), UNLINK, RMDIR
-        1 | 6 | 10 | 11 => (0, 1),
-        // MKNOD, CREATE
-        8 | 35 => (16, 1),
-        // MKDIR, LINK
-        9 | 13 => (8, 1),
-        // RENAME, RENAME2
-        12 => (8, 2),
-        45 => (16, 2),
-        // No names, or ones that no system call takes for a path (TMPFILE, extended attributes).
-        _ => return true,
-    };
+    let (fixed, count) = names(opcode);
+    if count == 0 {
+        return true;
+    }
     let mut names = copy
         .get(HEADER_SIZE + fixed..)
         .unwrap_or_default()
@@ -209,4 +279,32 @@ fn names_are_plain(header: &[u8; HEADER_SIZE], copy: &[u8]) -> bool {
                 !name.is_empty() && !name.contains(&b'/') && name != b"." && name != b".."
             })
         })
+}
+
+/// Bytes between the header and the first name, and how many names follow.
+fn names(opcode: u32) -> (usize, usize) {
+    match opcode {
+        // LOOKUP, SYMLINK (whose target may be anything), UNLINK, RMDIR
+        1 | 6 | 10 | 11 | CONNECT => (0, 1),
+        // MKNOD, CREATE
+        8 | 35 => (16, 1),
+        // MKDIR, LINK
+        9 | 13 => (8, 1),
+        // RENAME, RENAME2
+        12 => (8, 2),
+        45 => (16, 2),
+        // No names, or ones that no system call takes for a path (TMPFILE, extended attributes).
+        _ => (0, 0),
+    }
+}
+
+/// A number of a message, 0 beyond its end.
+fn number(bytes: &[u8], offset: usize) -> u32 {
+    let bytes = bytes.get(offset..).and_then(|rest| rest.first_chunk());
+    bytes.copied().map_or(0, u32::from_le_bytes)
+}
+
+fn wide_number(bytes: &[u8], offset: usize) -> u64 {
+    let bytes = bytes.get(offset..).and_then(|rest| rest.first_chunk());
+    bytes.copied().map_or(0, u64::from_le_bytes)
 }

@@ -17,6 +17,10 @@ use virtiofsd::passthrough::{
 };
 use virtiofsd::server::Server;
 
+use super::host::HostSide;
+use super::tree::Tree;
+use crate::virtio::host_connections::HostConnections;
+
 /// How long the guest may believe what it knows of a name or an inode. What the host changes is
 /// seen after this at the latest.
 const VALIDITY: Duration = Duration::from_secs(1);
@@ -39,19 +43,22 @@ pub struct Share {
     /// `/proc/self/fd` of this process, opened with O_PATH before the jail hides it: files are
     /// opened for use through it.
     pub proc_self_fd: File,
+    /// Where connections to sockets in the share wait for the guest.
+    pub connections: HostConnections,
 }
 
 /// The file server.
-pub(super) type FileServer = Server<PassthroughFs>;
+pub(super) type FileServer = Server<Tree>;
 
 /// Makes the server; to be called before the process has threads. Every inode that the guest knows
 /// holds a descriptor: see [`raise_open_files`].
-pub(super) fn new(share: Share) -> io::Result<FileServer> {
+pub(super) fn new(share: Share) -> io::Result<(FileServer, HostSide)> {
     let root_dir = share.root.into_os_string().into_string().map_err(|path| {
         let message = format!("the path {} is not UTF-8", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, message)
     })?;
     make_room_for_files(&share.proc_self_fd)?;
+    let descriptors = share.proc_self_fd.try_clone()?;
     let config = Config {
         root_dir,
         proc_sfd_rawfd: Some(share.proc_self_fd),
@@ -60,9 +67,11 @@ pub(super) fn new(share: Share) -> io::Result<FileServer> {
     };
     // The library clears the mask of the whole process: only the server's thread shall have that.
     let mask = umask(Mode::empty());
-    let server = PassthroughFs::new(config).map(Server::new);
+    let files = PassthroughFs::new(config);
     umask(mask);
-    server
+    let tree = Tree::new(files?);
+    let host = HostSide::new(tree.clone(), descriptors, share.connections);
+    Ok((Server::new(tree), host))
 }
 
 /// Settings that do not depend on what is shared; docs/decisions/0001 has the reasons.

@@ -12,6 +12,7 @@ use super::handler::VsockHandler;
 use super::host::Host;
 use super::muxer::Muxer;
 use crate::threads::Role;
+use crate::virtio::host_connections::HostConnections;
 use crate::virtio::rate_limit::RateLimit;
 use crate::virtio::state::VsockState;
 use crate::virtio::worker::Worker;
@@ -59,18 +60,21 @@ enum State {
 
 impl Vsock {
     /// `listener` is bound to [`super::LISTENER_NAME`] in `directory`, which is the path that leads there
-    /// while the device runs.
+    /// while the device runs. `connections` are those that the guest may come for.
     pub fn new(
         guest_cid: u64,
         listener: UnixListener,
         directory: &Path,
+        connections: HostConnections,
     ) -> Result<Self, VsockError> {
         if !(3..u64::from(u32::MAX)).contains(&guest_cid) {
             return Err(VsockError::ContextId(guest_cid));
         }
-        let host = Host::new(listener, directory).map_err(|source| VsockError::Directory {
-            directory: directory.into(),
-            source,
+        let host = Host::new(listener, directory, connections).map_err(|source| {
+            VsockError::Directory {
+                directory: directory.into(),
+                source,
+            }
         })?;
         Ok(Self {
             guest_cid,

@@ -13,6 +13,8 @@ use rustix::net::{
     socket_with,
 };
 
+use crate::virtio::host_connections::{FIRST_PORT, HostConnections};
+
 /// Name of the listening socket in its directory.
 pub const LISTENER_NAME: &str = "vsock.sock";
 /// The longest line that a client may send: `CONNECT`, a space, ten digits, the line's end, and
@@ -27,10 +29,15 @@ pub(super) struct Host {
     pub(super) listener: UnixListener,
     /// `<directory>/vsock.sock`; a guest's connection to port P goes to this with `_P` added.
     path: PathBuf,
+    connections: HostConnections,
 }
 
 impl Host {
-    pub(super) fn new(listener: UnixListener, directory: &Path) -> io::Result<Self> {
+    pub(super) fn new(
+        listener: UnixListener,
+        directory: &Path,
+        connections: HostConnections,
+    ) -> io::Result<Self> {
         let path = directory.join(LISTENER_NAME);
         let longest = path.as_os_str().len() + "_4294967295".len();
         if longest > LONGEST_PATH {
@@ -42,7 +49,11 @@ impl Host {
             ));
         }
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, path })
+        Ok(Self {
+            listener,
+            path,
+            connections,
+        })
     }
 
     /// Takes a waiting client, if there is one.
@@ -57,8 +68,13 @@ impl Host {
         }
     }
 
-    /// Connects to whoever listens for a port; never waits.
+    /// Connects to whoever listens for a port; never waits. Ports from [`FIRST_PORT`] on stand for
+    /// connections that are there already.
     pub(super) fn connect(&self, port: u32) -> io::Result<OwnedFd> {
+        if port >= FIRST_PORT {
+            let gone = || io::ErrorKind::NotConnected.into();
+            return self.connections.take(port).ok_or_else(gone);
+        }
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{port}"));
         let address = SocketAddrUnix::new(path.as_bytes())?;

@@ -10,6 +10,7 @@ use vm_memory::VolatileSlice;
 use super::connection::{Connection, Key, Verdict};
 use super::host::{self, Greeting, Host};
 use super::packet::{HOST_CID, Header, Operation, TYPE_STREAM};
+use crate::virtio::host_connections;
 use crate::virtio::rate_limit::RateLimit;
 use crate::virtio::worker::{EventSet, Poll};
 
@@ -298,7 +299,11 @@ impl Muxer {
     fn free_key(&mut self, guest_port: u32) -> Key {
         loop {
             let host_port = self.next_host_port;
-            self.next_host_port = host_port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            self.next_host_port = if host_port + 1 < host_connections::FIRST_PORT {
+                host_port + 1
+            } else {
+                FIRST_HOST_PORT
+            };
             let key = Key {
                 host_port,
                 guest_port,

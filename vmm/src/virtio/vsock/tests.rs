@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use super::packet::{Operation, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::virtio::host_connections::HostConnections;
 use crate::virtio::testing::{Random, may_open};
 use crate::virtio::{DeviceState, VirtioDevice};
 use guest::{CID, Guest, connect_to_guest};
@@ -365,6 +366,8 @@ fn context_ids() {
     for cid in [0, 1, 2, u64::from(u32::MAX), 1 << 32] {
         let directory = crate::virtio::testing::Directory::new();
         let listener = UnixListener::bind(directory.path().join("vsock.sock")).expect("bind");
-        assert!(super::Vsock::new(cid, listener, directory.path()).is_err());
+        assert!(
+            super::Vsock::new(cid, listener, directory.path(), HostConnections::default()).is_err()
+        );
     }
 }

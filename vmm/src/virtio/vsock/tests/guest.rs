@@ -10,6 +10,7 @@ use vm_memory::GuestAddress;
 use super::super::Vsock;
 use super::super::packet::{HEADER_SIZE, HOST_CID, Header, Operation, TYPE_STREAM};
 use crate::virtio::VirtioDevice;
+use crate::virtio::host_connections::HostConnections;
 use crate::virtio::testing::{Directory, Driver, Random, readable, writable};
 
 pub(super) const CID: u64 = 42;
@@ -48,7 +49,8 @@ impl Guest {
     pub(super) fn new() -> Self {
         let directory = Directory::new();
         let listener = UnixListener::bind(directory.path().join("vsock.sock")).expect("bind");
-        let device = Vsock::new(CID, listener, directory.path()).expect("device");
+        let device = Vsock::new(CID, listener, directory.path(), HostConnections::default())
+            .expect("device");
         let mut driver = Driver::new(8 << 20, device.queue_sizes());
         let tx = driver.space.take(TX_BUFFER + 4096);
         let event = driver.space.take(4);
