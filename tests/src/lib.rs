@@ -6,6 +6,7 @@ mod bundle;
 mod cases;
 mod conformance;
 mod engines;
+mod inside;
 mod leftovers;
 mod mutation;
 mod process;

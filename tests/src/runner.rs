@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::cases::{self, Case};
+use crate::inside;
 use crate::process::{Process, excerpt};
 use crate::runtime::Runtime;
 use crate::scene::{self, Scene, Skip};
@@ -30,6 +31,11 @@ pub fn main() -> ExitCode {
         && first == ONE
     {
         return one(runtime, name, Path::new(directory));
+    }
+    if let [_, first, rest @ ..] = args.as_slice()
+        && first == inside::INSIDE
+    {
+        return inside::main(rest);
     }
     if let [_, only] = args.as_slice()
         && only == EFFECTIVE_USER

@@ -1,8 +1,9 @@
-//! `bulkhead-bench [--json FILE] [--runs N]`: how long a container takes to run and what it costs,
+//! `bulkhead-bench [--json FILE] [--runs N] [--only start|memory|share]`: how long a container takes to run and what it costs,
 //! beside crun and runc. The figures mean most in the test host's virtual time (docs/testing.md).
 
 mod figures;
 mod memory;
+mod share;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::bundle::Bundle;
+use crate::inside;
 use crate::runtime::Runtime;
 use crate::scene::{self, Scene};
 use figures::Figures;
@@ -22,6 +24,12 @@ const FEWEST: usize = 7;
 
 /// The program.
 pub fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if let [_, first, rest @ ..] = args.as_slice()
+        && first == inside::INSIDE
+    {
+        return inside::main(rest);
+    }
     let result = options().and_then(|options| measure(&options));
     scene::clean_up();
     match result {
@@ -37,6 +45,14 @@ struct Options {
     json: Option<PathBuf>,
     runs: usize,
     runtimes: Vec<Runtime>,
+    /// The only part to be measured.
+    only: Option<String>,
+}
+
+impl Options {
+    fn measures(&self, part: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| only == part)
+    }
 }
 
 fn options() -> Result<Options> {
@@ -48,6 +64,7 @@ fn options() -> Result<Options> {
         json: None,
         runs: 9,
         runtimes: installed,
+        only: None,
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -58,7 +75,10 @@ fn options() -> Result<Options> {
             "--json" => options.json = Some(std::path::absolute(value)?),
             "--runs" => options.runs = value.parse().context("--runs wants a number")?,
             "--runtime" => options.runtimes = Runtime::list(&value)?,
-            _ => anyhow::bail!("{arg} is unknown: use --json FILE, --runs N, --runtime LIST"),
+            "--only" => options.only = Some(value),
+            _ => anyhow::bail!(
+                "{arg} is unknown: use --json FILE, --runs N, --runtime LIST, --only PART"
+            ),
         }
     }
     ensure!(
@@ -78,9 +98,14 @@ fn measure(options: &Options) -> Result<()> {
         .context("no runtime is installed")?;
     let scene = Scene::enter(first, directory.path())?;
     let mut figures = Figures::default();
-    runs(&scene, options, &mut figures)?;
-    execs(&scene, options, &mut figures)?;
-    if options.runtimes.contains(&Runtime::Bulkhead) {
+    if options.measures("start") {
+        runs(&scene, options, &mut figures)?;
+        execs(&scene, options, &mut figures)?;
+    }
+    if options.measures("share") {
+        share::measure(&scene, options, &mut figures)?;
+    }
+    if options.measures("memory") && options.runtimes.contains(&Runtime::Bulkhead) {
         memory::measure(&scene, options.runs.min(FEWEST), &mut figures)?;
     }
     print!("{figures}");

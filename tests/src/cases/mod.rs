@@ -9,6 +9,7 @@ mod events;
 mod exec;
 mod hooks;
 mod host;
+mod inotify;
 mod isolation;
 mod lifecycle;
 mod limits;
@@ -16,7 +17,9 @@ mod mutants;
 mod pressure;
 mod process;
 mod security;
+mod share;
 mod signals;
+mod sockets;
 mod states;
 mod stdio;
 mod tty;
@@ -65,6 +68,9 @@ pub(crate) fn all() -> Vec<Case> {
         process::cases(),
         security::cases(),
         volumes::cases(),
+        sockets::cases(),
+        share::cases(),
+        inotify::cases(),
         host::cases(),
         bad_input::cases(),
         mutants::cases(),

@@ -1,0 +1,110 @@
+//! Files of the host in a container do what POSIX and Linux promise: the same program, with the
+//! same expectations, with every runtime.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use crate::inside::FILE_CHECKS;
+use crate::scene::Scene;
+
+super::cases!(share;
+    common: files_of_a_volume, files_of_the_root, changes_of_the_host, two_containers;
+    vm: );
+
+/// All that the checks do as root.
+const CAPABILITIES: [&str; 8] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_MKNOD",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_KILL",
+];
+
+/// Runs every check in a directory of a container, and tells all that fail.
+fn check(scene: &Scene, place: &str) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o777))?;
+    let checks = FILE_CHECKS.join(" ");
+    let script = format!(
+        "for check in {checks}; do /bin/inside --inside files $check {place} || echo failed; done"
+    );
+    let bundle = scene
+        .bundle()?
+        .inside(&[])?
+        .shell(&script)
+        .bind(&data, "/data", &["rbind"])
+        .with(|spec| {
+            spec["process"]["capabilities"] = json!({
+                "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
+            });
+        });
+    let output = scene.run(&bundle)?.ok()?;
+    ensure!(!output.text().contains("failed"), "{output}");
+    Ok(())
+}
+
+fn files_of_a_volume(scene: &Scene) -> Result<()> {
+    check(scene, "/data")
+}
+
+fn files_of_the_root(scene: &Scene) -> Result<()> {
+    check(scene, "/var/data")
+}
+
+/// Seen within the time that docs/sharing.md gives: at once what was not looked at before, else
+/// after a second.
+fn changes_of_the_host(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    fs::write(data.join("file"), "old")?;
+    let script = "cd /data; while read wanted; do n=0; \
+        until [ \"$(cat file 2>&1)\" = \"$wanted\" ] || [ $n = 30 ]; do usleep 50000; n=$((n+1)); done; \
+        [ $n = 30 ] && echo too late || echo seen $wanted; done";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .bind(&data, "/data", &["rbind"]);
+    let mut container = scene.start(&bundle)?;
+    container.streams.send(b"old\n")?;
+    container.streams.wait_for("seen old\n")?;
+    // In place and of the same length, replaced, gone and made anew.
+    fs::write(data.join("file"), "new")?;
+    container.streams.send(b"new\n")?;
+    container.streams.wait_for("seen new\n")?;
+    fs::write(data.join("next"), "next")?;
+    fs::rename(data.join("next"), data.join("file"))?;
+    container.streams.send(b"next\n")?;
+    container.streams.wait_for("seen next\n")?;
+    fs::remove_file(data.join("file"))?;
+    fs::write(data.join("file"), "last")?;
+    container.streams.send(b"last\n")?;
+    container.streams.wait_for("seen last\n")?;
+    scene.destroy(&container.id)
+}
+
+/// What one container has written, another reads.
+fn two_containers(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    let reader =
+        "until [ \"$(cat /data/answer 2>/dev/null)\" = done ]; do usleep 50000; done; echo got it";
+    let bundle = scene
+        .bundle()?
+        .shell(reader)
+        .bind(&data, "/data", &["rbind"]);
+    let mut reading = scene.start(&bundle)?;
+    let bundle = scene
+        .bundle()?
+        .shell("echo done >/data/answer")
+        .bind(&data, "/data", &["rbind"]);
+    scene.run(&bundle)?.ok()?;
+    reading.streams.wait_for("got it\n")?;
+    scene.destroy(&reading.id)
+}
