@@ -3,15 +3,16 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use crate::inside::FILE_CHECKS;
+use crate::inside::{FILE_CHECKS, MANY};
 use crate::scene::Scene;
 
 super::cases!(share;
-    common: files_of_a_volume, files_of_the_root, changes_of_the_host, two_containers;
+    common: files_of_a_volume, files_of_the_root, large_directory, changes_of_the_host, two_containers;
     vm: );
 
 /// All that the checks do as root.
@@ -56,6 +57,27 @@ fn files_of_a_volume(scene: &Scene) -> Result<()> {
 
 fn files_of_the_root(scene: &Scene) -> Result<()> {
     check(scene, "/var/data")
+}
+
+fn large_directory(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    for number in 0..MANY {
+        fs::File::create(data.join(format!("entry-{number}")))?;
+    }
+    let bundle = scene
+        .bundle()?
+        .inside(&["files", "large-directory", "/data"])?
+        .bind(&data, "/data", &["rbind"]);
+    let mut process = scene.start_run(&bundle)?;
+    process.close_stdin();
+    // The guest takes a look at each of them, which an emulated CPU feels.
+    process.wait_within(Duration::from_secs(200))?;
+    process
+        .output_at_end()?
+        .ok()?
+        .says(&["all 50000 were there\n"])?;
+    Ok(())
 }
 
 /// Seen within the time that docs/sharing.md gives: at once what was not looked at before, else
