@@ -13,7 +13,7 @@ CARGO_DEB_VERSION := 3.8.0
 CARGO_DEB := $(CACHE)/tools/cargo-deb-$(CARGO_DEB_VERSION)/bin/cargo-deb
 SCRIPTS := guest-kernel/build rootfs/build .ci/run tests/conformance/build-suite tests/conformance/run packaging/install packaging/make-deb $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all test-install test-installed check-files)
 
-.PHONY: help all deps build kernel rootfs pages install uninstall deb test-install host demo test check bench conformance host-shell host-run clean
+.PHONY: help all deps build kernel rootfs pages install uninstall deb test-install host demo test test-all check bench conformance host-shell host-run clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ demo: build kernel rootfs ## run a container in its own microVM and show what it
 
 test: build kernel rootfs host ## every test; FILTER=name picks some of the integration tests
 	@tests/host/test-all $(FILTER)
+
+test-all: build kernel rootfs host ## the same with every case of Podman and Docker, and of their own runtimes (an hour more)
+	@tests/host/test-all --all $(FILTER)
 
 check: deps $(CACHE)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny ## formatting, lints, documentation, licences, scripts
 	cargo fmt --all --check
