@@ -1,6 +1,7 @@
-//! `bulkhead-bench [--json FILE] [--runs N] [--only start|memory|share]`: how long a container takes to run and what it costs,
+//! `bulkhead-bench [--json FILE] [--runs N] [--only start|memory|share|bridge]`: how long a container takes to run and what it costs,
 //! beside crun and runc. The figures mean most in the test host's virtual time (docs/testing.md).
 
+mod bridge;
 mod figures;
 mod memory;
 mod share;
@@ -49,6 +50,9 @@ struct Options {
     only: Option<String>,
 }
 
+/// The parts.
+const PARTS: [&str; 4] = ["start", "memory", "share", "bridge"];
+
 impl Options {
     fn measures(&self, part: &str) -> bool {
         self.only.as_deref().is_none_or(|only| only == part)
@@ -75,7 +79,14 @@ fn options() -> Result<Options> {
             "--json" => options.json = Some(std::path::absolute(value)?),
             "--runs" => options.runs = value.parse().context("--runs wants a number")?,
             "--runtime" => options.runtimes = Runtime::list(&value)?,
-            "--only" => options.only = Some(value),
+            "--only" => {
+                ensure!(
+                    PARTS.contains(&value.as_str()),
+                    "--only wants one of {}",
+                    PARTS.join(", ")
+                );
+                options.only = Some(value);
+            }
             _ => anyhow::bail!(
                 "{arg} is unknown: use --json FILE, --runs N, --runtime LIST, --only PART"
             ),
@@ -107,6 +118,10 @@ fn measure(options: &Options) -> Result<()> {
     }
     if options.measures("memory") && options.runtimes.contains(&Runtime::Bulkhead) {
         memory::measure(&scene, options.runs.min(FEWEST), &mut figures)?;
+    }
+    // Only when asked for: it makes an image in Podman's storage.
+    if options.only.as_deref() == Some("bridge") {
+        bridge::measure(&options.runtimes, options.runs, &mut figures)?;
     }
     print!("{figures}");
     if let Some(path) = &options.json {

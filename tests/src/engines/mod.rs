@@ -14,8 +14,9 @@ use libtest_mimic::{Arguments, Trial};
 
 use crate::runner;
 use cases::Case;
-use engine::{Engine, Kind};
-use setup::Prepared;
+use engine::Engine;
+pub(crate) use engine::{IMAGE, Kind};
+pub(crate) use setup::Prepared;
 
 const BULKHEAD: &str = "bulkhead";
 
