@@ -69,11 +69,10 @@ impl Host {
                 .map(|name| format!("interface {name}")),
         );
         for place in PLACES {
-            all.extend(
-                leftovers::entries(Path::new(place))
-                    .into_iter()
-                    .map(|name| format!("{place}/{name}")),
-            );
+            let paths = leftovers::entries(Path::new(place)).into_iter();
+            let paths = paths.map(|name| format!("{place}/{name}"));
+            // A directory of all containers comes with the first and stays.
+            all.extend(paths.filter(|path| !PLACES.contains(&path.as_str())));
         }
         let mut control = std::process::Command::new("tc");
         control.args(["qdisc", "show"]);

@@ -20,7 +20,9 @@ fn streams(engine: &Engine) -> Result<()> {
 fn codes(engine: &Engine) -> Result<()> {
     engine.script(&[], "exit 7")?.expect(7)?;
     // The first process of a PID namespace cannot kill itself.
-    engine.script(&[], "sh -c 'kill -KILL $$'")?.expect(137)?;
+    engine
+        .script(&[], "sh -c 'kill -KILL $$'; exit $?")?
+        .expect(137)?;
     engine.run(&[IMAGE, "/nowhere"])?.expect(127)?;
     engine.run(&[IMAGE, "/etc"])?.expect(126)?;
     Ok(())

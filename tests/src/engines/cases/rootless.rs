@@ -43,10 +43,20 @@ fn run(engine: &Engine) -> Result<()> {
     )?;
     podman(engine, &format!("load --quiet --input {archive}"))?.ok()?;
     let result = podman(engine, &format!("run --rm --network none {IMAGE} id -u"));
-    let output = result.and_then(|output| output.ok()?.says(&["0\n"]));
+    let output = result.and_then(|output| {
+        if !engine.bulkhead() {
+            return output.ok()?.says(&["0\n"]);
+        }
+        // What sets up the machine's jail is root's; who tries is told so (docs/podman.md).
+        ensure!(
+            output.code() != 0 && output.errors().contains("root"),
+            "{output}"
+        );
+        Ok(output)
+    });
     podman(engine, "system reset --force")?.ok()?;
     // Podman's own process, which keeps the user namespace open, ends with this.
     podman(engine, "system migrate")?.ok()?;
-    ensure!(!output?.text().is_empty(), "no output");
+    output?;
     Ok(())
 }
