@@ -59,7 +59,7 @@ demo: build kernel rootfs ## run a container in its own microVM and show what it
 test: build kernel rootfs host ## every test; FILTER=name picks some of the integration tests
 	@tests/host/test-all $(FILTER)
 
-test-all: build kernel rootfs host ## the same with every case of Podman and Docker, and of their own runtimes (an hour more)
+test-all: build kernel rootfs host ## the same with every case of Podman and Docker, and of their own runtimes (hours more)
 	@tests/host/test-all --all $(FILTER)
 
 check: deps $(CACHE)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny ## formatting, lints, documentation, licences, scripts

@@ -10,8 +10,7 @@ use crate::engines::engine::{Engine, IMAGE};
 use crate::process::DEADLINE;
 
 super::engine_cases!(network;
-    [both quick] published_port;
-    [both] default_bridge, container_to_container, container_to_host, by_name, none, of_another_container, large_transfer,
+    [both] published_port, default_bridge, container_to_container, container_to_host, by_name, none, of_another_container, large_transfer,
         datagrams, several_networks, addresses_of_ones_own, connect_later, port_command, udp_port;
     [both vm] host_is_refused);
 
