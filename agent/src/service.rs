@@ -21,7 +21,7 @@ use bulkhead_agent_protocol::{
 };
 use rustix::{
     system::{sethostname, uname},
-    time::{ClockId, Timespec, clock_settime},
+    time::{ClockId, Timespec, clock_gettime, clock_settime},
 };
 use ttrpc::{r#async::TtrpcContext, asynchronous::transport::Listener};
 
@@ -120,13 +120,25 @@ fn signal(number: i32) -> Result<i32> {
         .ok_or_else(|| Error::invalid("signal", format!("{number} is no signal")))
 }
 
+/// Sets the clock, unless it is right: at boot the kernel takes the host's exact time from kvm-clock,
+/// while the host's word is as old as its way here was long. Set to that, the guest would lag behind the
+/// times that the host gives to files.
 fn set_clock(realtime_ns: i64) -> Result<()> {
+    if is_right(clock_gettime(ClockId::Realtime), realtime_ns) {
+        return Ok(());
+    }
     let time = Timespec {
         tv_sec: realtime_ns.div_euclid(1_000_000_000),
         tv_nsec: realtime_ns.rem_euclid(1_000_000_000),
     };
     clock_settime(ClockId::Realtime, time)
         .or_cannot(|| format!("set the clock to {realtime_ns} ns since the epoch"))
+}
+
+/// Whether the clock was read at most a second after the host sent its own time.
+fn is_right(now: Timespec, sent_ns: i64) -> bool {
+    let now_ns = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
+    (0..1_000_000_000).contains(&(now_ns - i128::from(sent_ns)))
 }
 
 fn cells(name: &str, value: u32) -> Result<u16> {
@@ -293,5 +305,30 @@ impl Agent for Service {
             guest::reset()
         };
         to_the_end(end).await.map(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_right_is_left_alone() {
+        let now = Timespec {
+            tv_sec: 1_000,
+            tv_nsec: 500_000_000,
+        };
+        let at = |ms: i64| ms * 1_000_000;
+        for (sent, right) in [
+            (at(1_000_500), true),
+            (at(1_000_400), true),
+            (at(999_501), true),
+            (at(999_500), false),
+            (at(1_000_501), false),
+            (0, false),
+            (i64::MIN, false),
+        ] {
+            assert_eq!(is_right(now, sent), right, "{sent}");
+        }
     }
 }
