@@ -18,6 +18,8 @@ use crate::{
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
 /// Longer files are no configuration.
 const LONGEST: u64 = 1 << 20;
+/// The VMM has 19 places, of which a guest's own devices take four.
+const MOST_SPARE_PLACES: u8 = 15;
 /// Less, and a guest's kernel does not come up with room for a container.
 const LEAST_MEMORY_MIB: u32 = 96;
 
@@ -96,6 +98,8 @@ pub struct GuestRules {
     pub cpus: u8,
     /// The most virtual CPUs; `None` for the host's.
     pub max_cpus: Option<u8>,
+    /// Places for devices that a guest is given while it runs: network interfaces.
+    pub spare_places: u8,
 }
 
 impl Default for GuestRules {
@@ -105,6 +109,7 @@ impl Default for GuestRules {
             max_memory_mib: None,
             cpus: 1,
             max_cpus: None,
+            spare_places: 8,
         }
     }
 }
@@ -182,6 +187,13 @@ impl Config {
         if let Some(most) = guest.max_cpus.filter(|most| *most < guest.cpus) {
             let reason = format!("{most} is less than guest.cpus, {}", guest.cpus);
             return Err(invalid("guest.max_cpus", reason));
+        }
+        if guest.spare_places > MOST_SPARE_PLACES {
+            let reason = format!(
+                "{} is too many: {MOST_SPARE_PLACES} at most",
+                guest.spare_places
+            );
+            return Err(invalid("guest.spare_places", reason));
         }
         let known = crate::guest_size::ANNOTATIONS;
         for name in &self.annotations.allow {
@@ -263,6 +275,7 @@ mod tests {
                     max_memory_mib: Some(_),
                     cpus: _,
                     max_cpus: Some(_),
+                    spare_places: _,
                 },
             annotations: Annotations { allow: _ },
             log:
@@ -280,6 +293,7 @@ mod tests {
             "lsm_labels",
             "memory_mib",
             "cpus",
+            "spare_places",
             "allow",
             "debug",
             "format",
@@ -313,6 +327,10 @@ mod tests {
                 "/c: guest.max_memory_mib: 128",
             ),
             ("[guest]\ncpus = 0", "/c: guest.cpus"),
+            (
+                "[guest]\nspare_places = 16",
+                "/c: guest.spare_places: 16 is too many",
+            ),
             ("[guest]\ncpus = 4\nmax_cpus = 2", "/c: guest.max_cpus"),
             ("[paths]\nkernel = \"vmlinux\"", "/c: paths.kernel"),
             (

@@ -317,6 +317,7 @@ mod tests {
                 max_memory_mib: Some(512),
                 cpus: 2,
                 max_cpus: Some(3),
+                ..GuestRules::default()
             },
             ..Config::default()
         };

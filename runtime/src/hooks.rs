@@ -4,9 +4,10 @@
 //! guest.
 //!
 //! createContainer hooks are programs of the host that run in the container's namespaces. Those
-//! exist in the guest; what stands for them on the host are the namespaces of the VM's process, so
-//! the hooks run in its network, IPC and UTS namespaces. Its mounts are out of a hook's reach (the
-//! container's mounts exist in the guest only), so the mount namespace stays the runtime's.
+//! exist in the guest; what stands for them on the host are the network namespace whose interfaces
+//! the guest has, and the VM's process, so the hooks run in that network namespace and in the
+//! process's IPC and UTS namespaces. Its mounts are out of a hook's reach (the container's mounts
+//! exist in the guest only), so the mount namespace stays the runtime's.
 
 use std::{
     fs::File,
@@ -24,7 +25,10 @@ use std::{
 use oci_spec::runtime::{Hook, Hooks};
 use rustix::{
     fs::MemfdFlags,
-    thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
+    thread::{
+        LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space,
+        move_into_thread_name_spaces,
+    },
 };
 use thiserror::Error;
 
@@ -106,13 +110,21 @@ pub fn check(hooks: &Hooks) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Runs hooks in order, up to the first that fails; in the network, IPC and UTS namespaces of the
-/// process of `namespaces` (a pidfd) if that is given.
+/// The namespaces that hooks run in, where they are not those of the calling thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Namespaces<'n> {
+    /// A network namespace.
+    pub network: Option<BorrowedFd<'n>>,
+    /// A process (pidfd) whose IPC and UTS namespaces they are.
+    pub process: Option<BorrowedFd<'n>>,
+}
+
+/// Runs hooks in order, up to the first that fails.
 pub fn run(
     kind: &'static str,
     hooks: Option<&[Hook]>,
     state: &View,
-    namespaces: Option<BorrowedFd<'_>>,
+    namespaces: Namespaces<'_>,
 ) -> Result<(), HookError> {
     for (index, hook) in hooks.unwrap_or_default().iter().enumerate() {
         run_one(kind, index, hook, state, namespaces)?;
@@ -121,9 +133,14 @@ pub fn run(
 }
 
 /// Runs every hook; those that fail are only logged.
-pub fn run_all(kind: &'static str, hooks: Option<&[Hook]>, state: &View) {
+pub fn run_all(
+    kind: &'static str,
+    hooks: Option<&[Hook]>,
+    state: &View,
+    namespaces: Namespaces<'_>,
+) {
     for (index, hook) in hooks.unwrap_or_default().iter().enumerate() {
-        if let Err(error) = run_one(kind, index, hook, state, None) {
+        if let Err(error) = run_one(kind, index, hook, state, namespaces) {
             tracing::warn!("{}", crate::error::chain(&error));
         }
     }
@@ -134,7 +151,7 @@ fn run_one(
     index: usize,
     hook: &Hook,
     state: &View,
-    namespaces: Option<BorrowedFd<'_>>,
+    namespaces: Namespaces<'_>,
 ) -> Result<(), HookError> {
     let failed = |source| HookError::Run {
         kind,
@@ -191,18 +208,22 @@ fn input(state: &View) -> std::io::Result<Stdio> {
     Ok(Stdio::from(file))
 }
 
-/// Starts a program; in the namespaces of another process by way of a thread, whose namespaces a
-/// child inherits: a process of many threads may not change its own at once.
-fn spawn(command: &mut Command, namespaces: Option<BorrowedFd<'_>>) -> std::io::Result<Child> {
-    let Some(process) = namespaces else {
+/// Starts a program; in other namespaces by way of a thread, whose namespaces a child inherits: a
+/// process of many threads may not change its own at once.
+fn spawn(command: &mut Command, namespaces: Namespaces<'_>) -> std::io::Result<Child> {
+    if namespaces.network.is_none() && namespaces.process.is_none() {
         return command.spawn();
-    };
-    let kinds = ThreadNameSpaceType::NETWORK
-        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+    }
+    let kinds = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
     thread::scope(|scope| {
         let spawned = scope.spawn(|| {
-            move_into_thread_name_spaces(process, kinds)?;
+            if let Some(process) = namespaces.process {
+                move_into_thread_name_spaces(process, kinds)?;
+            }
+            if let Some(network) = namespaces.network {
+                move_into_link_name_space(network, Some(LinkNameSpaceType::Network))?;
+            }
             command.spawn()
         });
         spawned
@@ -280,7 +301,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("seen");
         let script = format!("cat > {0}; echo $A >> {0}", file.display());
-        run("poststart", Some(&shell(&script, None)), &view(), None).unwrap();
+        run(
+            "poststart",
+            Some(&shell(&script, None)),
+            &view(),
+            Namespaces::default(),
+        )
+        .unwrap();
         let seen = std::fs::read_to_string(file).unwrap();
         assert!(
             seen.contains("\"id\":\"one\"") && seen.ends_with("b\n"),
@@ -294,15 +321,15 @@ mod tests {
         let long = "x".repeat(1 << 20);
         view.annotations.insert("long".to_owned(), long);
         let hooks = shell("exec <&-; echo to nobody >&2; exit 0", Some(10));
-        run("prestart", Some(&hooks), &view, None).unwrap();
+        run("prestart", Some(&hooks), &view, Namespaces::default()).unwrap();
         let hooks = shell("read line; test ${#line} -gt 1048576", Some(10));
-        run("prestart", Some(&hooks), &view, None).unwrap();
+        run("prestart", Some(&hooks), &view, Namespaces::default()).unwrap();
     }
 
     #[test]
     fn failures_say_what_and_why() {
         let hooks = shell("echo no luck >&2; exit 3", None);
-        let text = run("prestart", Some(&hooks), &view(), None)
+        let text = run("prestart", Some(&hooks), &view(), Namespaces::default())
             .unwrap_err()
             .to_string();
         assert!(
@@ -310,10 +337,10 @@ mod tests {
             "{text}"
         );
         let hooks = shell("exec sleep 100", Some(1));
-        let error = run("prestart", Some(&hooks), &view(), None).unwrap_err();
+        let error = run("prestart", Some(&hooks), &view(), Namespaces::default()).unwrap_err();
         assert!(error.to_string().contains("no end after 1 s"), "{error}");
         let hooks = hook(serde_json::json!({"path": "/does/not/exist"}));
-        assert!(run("prestart", Some(&hooks), &view(), None).is_err());
+        assert!(run("prestart", Some(&hooks), &view(), Namespaces::default()).is_err());
     }
 
     #[test]

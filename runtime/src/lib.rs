@@ -16,6 +16,7 @@ pub mod hooks;
 pub mod lifecycle;
 pub mod log;
 pub mod monitor;
+pub mod network;
 pub mod share;
 pub mod signal;
 pub mod spec;

@@ -7,7 +7,8 @@ use thiserror::Error;
 
 use crate::{
     cgroup::{self, CgroupError},
-    hooks,
+    hooks::{self, Namespaces},
+    network::NetworkError,
     spec::Loaded,
     state::{
         Container, ContainerStatus, Event, MONITOR_LOCK, ProcessIdentity, Record, StateError,
@@ -27,6 +28,9 @@ pub enum DestroyError {
     /// The cgroup failed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The network namespace's interfaces cannot be restored.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A process that was never recorded does not end.
     #[error("a process of container {0:?} is still there")]
     Left(String),
@@ -68,6 +72,9 @@ pub fn destroy(container: &Container) -> Result<(), DestroyError> {
         // The monitor first: it would report the VM's end as an accident.
         end("monitor", record.monitor)?;
         end("virtual machine", record.vmm)?;
+        if let Some(traces) = &record.network {
+            traces.undo()?;
+        }
         cgroup::remove(&record.cgroups)?;
     }
     let config = container.config().ok();
@@ -116,7 +123,8 @@ fn poststop(mut record: Record, config: Vec<u8>) {
     view.status = ContainerStatus::Stopped;
     view.pid = 0;
     if let Some(hooks) = loaded.spec.hooks() {
-        hooks::run_all("poststop", hooks.poststop().as_deref(), &view);
+        let list = hooks.poststop().as_deref();
+        hooks::run_all("poststop", list, &view, Namespaces::default());
     }
 }
 

@@ -1,14 +1,92 @@
 //! The crate's only unsafe code: system calls that rustix cannot offer as safe functions.
 #![allow(unsafe_code)]
 
+use std::{io, os::fd::AsFd};
+
 use rustix::{
     io::Errno,
+    ioctl::{Ioctl, IoctlOutput, Opcode, Updater, opcode},
     thread::{UnshareFlags, unshare_unsafe},
 };
+
+/// `TUNSETIFF`, `_IOW('T', 202, int)` (linux/if_tun.h), though it reads and writes a `struct ifreq`.
+const TUNSETIFF: Opcode = opcode::write::<i32>(b'T', 202);
+/// `IFNAMSIZ`, the terminating zero included.
+const NAME_LENGTH: usize = 16;
+
+/// `struct ifreq` (linux/if.h) with `ifr_flags`; the rest of its union is not used here, yet copied
+/// by the kernel.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; NAME_LENGTH],
+    flags: u16,
+    rest: [u8; 22],
+}
+
+const _: () = assert!(size_of::<InterfaceRequest>() == 40);
+
+/// Makes the interface of a descriptor of `/dev/net/tun`, with these `IFF_…` flags. In `name`, at
+/// most 15 bytes, the kernel replaces `%d` by the first free number. Returns the name.
+pub(crate) fn set_interface(tun: impl AsFd, name: &str, flags: u16) -> io::Result<String> {
+    let mut request = InterfaceRequest {
+        name: [0; NAME_LENGTH],
+        flags,
+        rest: [0; 22],
+    };
+    let space = &mut request.name[..NAME_LENGTH - 1];
+    space
+        .get_mut(..name.len())
+        .ok_or(io::ErrorKind::InvalidInput)?
+        .copy_from_slice(name.as_bytes());
+    // SAFETY: for TUNSETIFF the kernel reads and writes one `struct ifreq`, whose size and layout
+    // `InterfaceRequest` has; it is borrowed exclusively for the call. Any bit pattern that the
+    // kernel may write is a valid value of its integers.
+    unsafe { rustix::ioctl::ioctl(tun, Updater::<TUNSETIFF, _>::new(&mut request)) }?;
+    let end = request.name.iter().position(|byte| *byte == 0);
+    let name = &request.name[..end.unwrap_or(NAME_LENGTH)];
+    String::from_utf8(name.to_vec()).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// `NS_GET_NSTYPE`, `_IO(0xb7, 3)` (linux/nsfs.h), whose result is the return value.
+struct NamespaceKind;
+
+// SAFETY: the operation takes no argument, so the null pointer is never read or written.
+unsafe impl Ioctl for NamespaceKind {
+    type Output = i32;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        opcode::none(0xb7, 3)
+    }
+
+    fn as_ptr(&mut self) -> *mut core::ffi::c_void {
+        core::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(
+        output: IoctlOutput,
+        _: *mut core::ffi::c_void,
+    ) -> rustix::io::Result<i32> {
+        Ok(output)
+    }
+}
+
+/// Which kind of namespace a descriptor of nsfs is: the `CLONE_NEW…` constant (ioctl_ns(2)).
+pub(crate) fn namespace_kind(namespace: impl AsFd) -> io::Result<i32> {
+    // SAFETY: the kernel neither reads nor writes memory of ours for it.
+    Ok(unsafe { rustix::ioctl::ioctl(namespace, NamespaceKind) }?)
+}
 
 /// Moves the calling thread into a mount namespace of its own, a copy of the present one, and gives
 /// it a root and a working directory of its own.
 pub(crate) fn unshare_mounts() -> Result<(), Errno> {
     // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
+/// Moves the calling thread into a network namespace of its own, which is empty.
+pub(crate) fn unshare_network() -> io::Result<()> {
+    // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+    Ok(())
 }

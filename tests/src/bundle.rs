@@ -14,7 +14,7 @@ const BUSYBOX: &str = "/bin/busybox";
 
 /// Applets that containers use.
 const APPLETS: &str = "[ awk cat chmod chown cp cut date dd df dmesg echo env expr false find grep \
-    groups head hostname id ifconfig ip ipcs kill ln ls mkdir mkfifo mknod more mount mv nproc od \
+    groups head hostname id ifconfig ip ipcs kill ln ls mkdir mkfifo mknod more mount mv nc nproc od \
     ping ps pwd readlink realpath rm rmdir sed seq setsid sh sha256sum sleep sort stat stty sync \
     tail tee test timeout top touch tr true tty umount uname unshare usleep wc which whoami xargs \
     yes";

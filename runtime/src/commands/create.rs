@@ -142,6 +142,7 @@ pub(super) fn order(
         began: context.began.microseconds(),
         no_new_keyring: options.no_new_keyring,
         guest: plan.guest,
+        spare_places: context.config.guest.spare_places,
         cgroup_driver: context.cgroup_driver(),
     })
 }

@@ -78,6 +78,7 @@ fn container(
                 START_VM,
                 signals,
                 host,
+                Some(stand_in),
             )?;
             // A `run` in the foreground stays where its caller has put it.
             sandbox.join_cgroup()?;

@@ -74,6 +74,7 @@ fn attached(
         START_VM,
         signals,
         host,
+        Some(stand_in),
     )?;
     sandbox.show(stand_in)?;
     if let Some(path) = &options.create.pid_file {
@@ -82,7 +83,7 @@ fn attached(
     start::record_started(container, || {
         Ok(sandbox.start(Deadline::after(Duration::from_secs(60)))?)
     })?;
-    start::poststart(container, &plan.loaded.spec)?;
+    start::poststart(container, &plan.loaded.spec, sandbox.home())?;
     Ok(sandbox.supervise(signals))
 }
 

@@ -1,5 +1,7 @@
 //! `start`: lets the process of a created container run.
 
+use std::os::fd::BorrowedFd;
+
 use bulkhead_agent_protocol::messages::{Empty, StartContainerRequest};
 use oci_spec::runtime::Spec;
 
@@ -7,7 +9,7 @@ use super::{CALL_LIMIT, Context, Error};
 use crate::{
     agent::{self, AgentError},
     cli::Id,
-    hooks,
+    hooks::{self, Namespaces},
     monitor::LaunchError,
     spec::Loaded,
     state::{Container, ContainerStatus, Event, StateError},
@@ -35,7 +37,7 @@ pub(super) fn start_container(container: &Container, spec: &Spec) -> Result<(), 
             .map_err(LaunchError::Agent)?;
         Ok(())
     })?;
-    poststart(container, spec)
+    poststart(container, spec, None)
 }
 
 /// Starts, and writes down that it did; a process that ends at once is written down after this.
@@ -62,8 +64,13 @@ pub(super) fn record_started(
     Ok(())
 }
 
-/// runtime-spec 1.2, "Lifecycle" 9: a hook that fails is a warning, and everything goes on.
-pub(super) fn poststart(container: &Container, spec: &Spec) -> Result<(), Error> {
+/// runtime-spec 1.2, "Lifecycle" 9: a hook that fails is a warning, and everything goes on. `network`
+/// is the host's network namespace, if the caller is in another.
+pub(super) fn poststart(
+    container: &Container,
+    spec: &Spec,
+    network: Option<BorrowedFd<'_>>,
+) -> Result<(), Error> {
     let Some(list) = spec
         .hooks()
         .as_ref()
@@ -77,7 +84,11 @@ pub(super) fn poststart(container: &Container, spec: &Spec) -> Result<(), Error>
         Err(StateError::Incomplete(_)) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    hooks::run_all("poststart", Some(list), &view);
+    let namespaces = Namespaces {
+        network,
+        ..Namespaces::default()
+    };
+    hooks::run_all("poststart", Some(list), &view, namespaces);
     Ok(())
 }
 

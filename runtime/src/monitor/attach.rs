@@ -13,6 +13,7 @@ use crate::{
         self, Streams,
         rpc::{CallId, RpcClient, RpcError},
     },
+    network::{Network, NetworkError},
     stdio::{Caught, Console, RawTerminal, Relay, Signals},
     vm::Vm,
     wait::{Deadline, poll},
@@ -68,6 +69,14 @@ impl HostStdio {
     }
 }
 
+/// What a monitor owns of a process's sandbox.
+pub struct Owned<'s, 'a> {
+    /// The virtual machine.
+    pub vm: &'s mut dyn Vm,
+    /// The network.
+    pub network: Option<&'s mut Network<'a>>,
+}
+
 /// A process that this one stands for.
 #[derive(Debug)]
 pub struct Attached {
@@ -112,22 +121,27 @@ impl Attached {
     }
 
     /// Carries on until the process has ended and its output is delivered. Returns its exit code,
-    /// or 128 + the signal that ended it.
-    pub fn run(&mut self, signals: &mut Signals, mut vm: Option<&mut dyn Vm>) -> io::Result<i32> {
+    /// or 128 + the signal that ended it. With the sandbox's VM and network if this process has
+    /// them.
+    pub fn run(
+        &mut self,
+        signals: &mut Signals,
+        mut sandbox: Option<Owned<'_, '_>>,
+    ) -> io::Result<i32> {
         // An answer may have come while another was waited for.
-        self.listen();
+        self.listen(&mut sandbox);
         loop {
             if let Some(status) = self.status.filter(|_| self.relay.outputs_ended()) {
                 return Ok(status);
             }
-            let control = vm
-                .as_deref()
-                .filter(|_| self.rpc.is_some())
-                .map(Vm::control);
+            let watched = sandbox.as_ref().filter(|_| self.rpc.is_some());
+            let control = watched.map(|sandbox| sandbox.vm.control());
+            let changes = watched.and_then(|sandbox| sandbox.network.as_deref());
+            let changes = changes.map(Network::changes);
             let mut descriptors = vec![signals.poll_fd()];
-            let watched = control.is_some();
-            if let Some(control) = &control {
-                descriptors.push(PollFd::new(control, PollFlags::IN));
+            let (watched, wired) = (control.is_some(), changes.is_some());
+            for descriptor in [&control, &changes].into_iter().flatten() {
+                descriptors.push(PollFd::new(descriptor, PollFlags::IN));
             }
             let rpc = self.rpc.as_ref().map(agent::poll_fd);
             let connected = rpc.is_some();
@@ -147,15 +161,20 @@ impl Attached {
             if happened.next() == Some(true) {
                 self.forward(signals.caught());
             }
-            if watched
-                && happened.next() == Some(true)
-                && let Some(vm) = vm.as_deref_mut()
-            {
-                self.watch(vm);
+            let event = watched && happened.next() == Some(true);
+            let changed = wired && happened.next() == Some(true);
+            if let Some(sandbox) = &mut sandbox {
+                if event {
+                    self.watch(sandbox);
+                }
+                if changed {
+                    self.refresh(sandbox);
+                }
             }
             if connected && happened.next() == Some(true) {
-                self.listen();
+                self.listen(&mut sandbox);
             }
+            self.ask_for_network(&mut sandbox);
             if let Err(error) = self.relay.advance(&events[relayed..]) {
                 tracing::error!("{}", crate::error::chain(&error));
             }
@@ -200,17 +219,43 @@ impl Attached {
         }
     }
 
-    fn watch(&mut self, vm: &mut dyn Vm) {
+    fn watch(&mut self, sandbox: &mut Owned<'_, '_>) {
         loop {
-            match vm.next_event() {
-                Ok(Some(_)) => {}
+            match sandbox.vm.next_event() {
+                Ok(Some(event)) => {
+                    if let Some(network) = &mut sandbox.network {
+                        complain(network.on_event(&event, sandbox.vm).err());
+                    }
+                }
                 Ok(None) => return,
                 Err(error) => return self.lost(&error),
             }
         }
     }
 
-    fn listen(&mut self) {
+    /// The host's network namespace has changed. What cannot be followed is told, and the container
+    /// goes on with the rest.
+    fn refresh(&mut self, sandbox: &mut Owned<'_, '_>) {
+        if let Some(network) = &mut sandbox.network {
+            match network.refresh(sandbox.vm) {
+                Ok(problems) => complain(problems),
+                Err(error) => complain([error]),
+            }
+        }
+    }
+
+    fn ask_for_network(&mut self, sandbox: &mut Option<Owned<'_, '_>>) {
+        let network = sandbox
+            .as_mut()
+            .and_then(|sandbox| sandbox.network.as_deref_mut());
+        if let (Some(network), Some(rpc)) = (network, &mut self.rpc)
+            && let Err(error) = network.ask(rpc)
+        {
+            self.lost(&error);
+        }
+    }
+
+    fn listen(&mut self, sandbox: &mut Option<Owned<'_, '_>>) {
         while let Some(rpc) = &mut self.rpc {
             match rpc.progress() {
                 Ok(None) => return,
@@ -223,11 +268,22 @@ impl Attached {
                         Err(error) => self.lost(&error),
                     }
                 }
-                // A signal for a process that has just ended, say.
-                Ok(Some((_, Err(error)))) => {
-                    tracing::debug!("the agent refused: {}", crate::error::chain(&error));
+                Ok(Some((call, answer))) => {
+                    if let Some(sandbox) = sandbox
+                        && let Some(network) = &mut sandbox.network
+                        && network.awaits(call)
+                    {
+                        let done = answer.is_ok();
+                        complain(network.on_answer(done, sandbox.vm).err());
+                        if let Err(error) = answer {
+                            let text = crate::error::chain(&error);
+                            tracing::error!("cannot set up the network in the guest: {text}");
+                        }
+                    } else if let Err(error) = answer {
+                        // A signal for a process that has just ended, say.
+                        tracing::debug!("the agent refused: {}", crate::error::chain(&error));
+                    }
                 }
-                Ok(Some((_, Ok(_)))) => {}
                 Err(error) => self.lost(&error),
             }
         }
@@ -250,5 +306,11 @@ impl Attached {
             self.ended(KILLED);
         }
         self.rpc = None;
+    }
+}
+
+fn complain(problems: impl IntoIterator<Item = NetworkError>) {
+    for problem in problems {
+        tracing::error!("{}", crate::error::chain(&problem));
     }
 }

@@ -24,7 +24,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{exec::ExecOrder, sandbox::ContainerOrder};
+use super::{exec::ExecOrder, order::ContainerOrder};
 
 /// What a monitor is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -15,6 +15,7 @@ mod attach;
 mod exec;
 mod handover;
 mod launch;
+mod order;
 mod sandbox;
 mod stand_in;
 #[cfg(test)]
@@ -25,6 +26,7 @@ pub use attach::{Attached, HostStdio};
 pub use exec::{ExecOrder, join};
 pub use handover::{HandoverError, Order, Outcome, Waiting, receive, report, spawn};
 pub use launch::{LaunchError, VmStarter, launch};
-pub use sandbox::{ContainerOrder, Ended, Sandbox};
+pub use order::ContainerOrder;
+pub use sandbox::{Ended, Sandbox};
 pub use stand_in::{StandIn, beside};
 pub use view::{View, ViewError};

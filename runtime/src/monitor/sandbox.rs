@@ -1,52 +1,24 @@
 //! A container's sandbox from the monitor's side once it is there: letting the process run,
 //! standing for it, and taking everything down.
 
-use std::path::PathBuf;
+use std::{os::fd::BorrowedFd, path::PathBuf};
 
 use bulkhead_agent_protocol::messages::{Empty, StartContainerRequest};
-use serde::{Deserialize, Serialize};
 
-use super::{StandIn, View, ViewError, attach::Attached};
+use super::{
+    StandIn, View, ViewError,
+    attach::{Attached, Owned},
+};
 use crate::{
     agent::{self, rpc::RpcError},
-    cgroup::{Cgroup, CgroupError, Driver},
-    guest_size::GuestSize,
+    cgroup::{Cgroup, CgroupError},
+    network::Network,
     state::{Container, Event, StateError},
     stdio::Signals,
     timeline::{Moment, Timeline},
     vm::Vm,
     wait::Deadline,
 };
-
-/// What a monitor is told to make.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ContainerOrder {
-    /// The container's id.
-    pub id: String,
-    /// The bundle, absolute.
-    pub bundle: PathBuf,
-    /// Program of the VMM.
-    pub vmm: PathBuf,
-    /// Guest kernel.
-    pub kernel: PathBuf,
-    /// Guest root image.
-    pub root_image: PathBuf,
-    /// File for the guest kernel's log.
-    pub guest_log: Option<PathBuf>,
-    /// Whether the agent logs everything.
-    pub debug: bool,
-    /// File for the timeline.
-    pub timeline: Option<PathBuf>,
-    /// When the runtime began, [`Moment::microseconds`].
-    pub began: u64,
-    /// Whether the container gets no session keyring of its own.
-    pub no_new_keyring: bool,
-    /// The size of the guest.
-    pub guest: GuestSize,
-    /// What form `linux.cgroupsPath` has.
-    pub cgroup_driver: Driver,
-}
 
 /// A container whose process waits to be let run, or runs.
 pub struct Sandbox<'a> {
@@ -57,6 +29,7 @@ pub struct Sandbox<'a> {
     pub(super) timeline_file: Option<PathBuf>,
     pub(super) cgroup: Cgroup,
     pub(super) view: View,
+    pub(super) network: Option<Network<'a>>,
 }
 
 impl Sandbox<'_> {
@@ -86,11 +59,20 @@ impl Sandbox<'_> {
         Ok(())
     }
 
+    /// The host's network namespace, if this process has left it.
+    pub fn home(&self) -> Option<BorrowedFd<'_>> {
+        self.network.as_ref().map(Network::home)
+    }
+
     /// Stands for the container's process until it has ended, then takes the VM down.
     pub fn supervise(mut self, signals: &mut Signals) -> Ended {
+        let owned = Owned {
+            vm: &mut *self.vm,
+            network: self.network.as_mut(),
+        };
         let status = self
             .process
-            .run(signals, Some(&mut *self.vm))
+            .run(signals, Some(owned))
             .inspect_err(|error| tracing::error!("cannot wait for the container: {error}"))
             .unwrap_or(255);
         self.timeline.process_ended = Some(Moment::now());

@@ -91,6 +91,7 @@ fn scene() -> Scene {
             cpus: 1,
             memory_mib: 256,
         },
+        spare_places: 0,
         cgroup_driver: Driver::Cgroupfs,
     };
     let signals = Signals::catch().unwrap();
@@ -117,6 +118,7 @@ impl Scene {
             &move |_: &Path, _| Ok(Box::new(FakeVm::start(behaviour))),
             &mut self.signals,
             host,
+            None,
         )
     }
 }

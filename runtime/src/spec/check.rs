@@ -33,6 +33,8 @@ pub struct Checked {
     pub terminal: bool,
     /// `linux.cgroupsPath` as it stands.
     pub cgroups_path: Option<PathBuf>,
+    /// The host's network namespace whose interfaces the container gets; `None` for an empty one.
+    pub network: Option<PathBuf>,
 }
 
 /// Judges a configuration.
@@ -68,7 +70,7 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
     if let Some(hooks) = spec.hooks() {
         crate::hooks::check(hooks)?;
     }
-    namespaces(linux)?;
+    let network = namespaces(linux)?;
     if let Some(resources) = linux.resources() {
         refuse_resources(resources)?;
     }
@@ -98,6 +100,7 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
         rootfs: rootfs(spec, &loaded.bundle)?,
         terminal: process.terminal().unwrap_or(false),
         cgroups_path: linux.cgroups_path().clone(),
+        network,
     })
 }
 
@@ -126,8 +129,9 @@ fn version(version: &str) -> Result<(), SpecError> {
 }
 
 /// runtime-spec, config-linux "Namespaces": an entry without a path is a new namespace, a missing
-/// one means the runtime's own, which for a guest is out of reach.
-fn namespaces(linux: &Linux) -> Result<(), SpecError> {
+/// one means the runtime's own, which for a guest is out of reach. Returns the path of the network
+/// namespace.
+fn namespaces(linux: &Linux) -> Result<Option<PathBuf>, SpecError> {
     const NEEDED: [(LinuxNamespaceType, &str); 4] = [
         (LinuxNamespaceType::Network, "network"),
         (LinuxNamespaceType::Pid, "pid"),
@@ -136,6 +140,7 @@ fn namespaces(linux: &Linux) -> Result<(), SpecError> {
     ];
     let empty = Vec::new();
     let namespaces = linux.namespaces().as_ref().unwrap_or(&empty);
+    let mut network = None;
     for (index, namespace) in namespaces.iter().enumerate() {
         let Some(path) = namespace
             .path()
@@ -145,19 +150,20 @@ fn namespaces(linux: &Linux) -> Result<(), SpecError> {
             continue;
         };
         let field = format!("linux.namespaces[{index}].path");
-        let reason = match namespace.typ() {
-            LinuxNamespaceType::Network => format!(
-                "joining the network namespace {} is not done yet; leave the path out for a \
-                 container with loopback only",
-                path.display()
-            ),
-            typ => format!(
-                "a container in a virtual machine cannot join the host's {typ:?} namespace {}; \
-                 leave the path out for one of its own",
-                path.display()
-            ),
-        };
-        return Err(unsupported(field, reason));
+        let typ = namespace.typ();
+        if typ != LinuxNamespaceType::Network {
+            return Err(unsupported(
+                field,
+                format!(
+                    "a container in a virtual machine cannot join the host's {typ:?} namespace {}; \
+                     leave the path out for one of its own",
+                    path.display()
+                ),
+            ));
+        }
+        // Judged before anything is made; entered by the monitor, which judges again.
+        crate::network::open(path).map_err(|error| invalid(field, crate::error::chain(&error)))?;
+        network = Some(path.clone());
     }
     for (typ, name) in NEEDED {
         if !namespaces.iter().any(|namespace| namespace.typ() == typ) {
@@ -170,7 +176,7 @@ fn namespaces(linux: &Linux) -> Result<(), SpecError> {
             ));
         }
     }
-    Ok(())
+    Ok(network)
 }
 
 /// The sizes of huge pages that a kernel has, as cgroup files name them: "2MB".
@@ -320,6 +326,21 @@ mod tests {
                 "/linux/namespaces/1",
                 json!({"type": "network", "path": "/run/n"}),
                 "[1].path",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "network", "path": "/proc/self/ns/net"}),
+                "[1].path: /proc/self/ns/net is the host's own",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "network", "path": "/proc/self/ns/uts"}),
+                "[1].path: /proc/self/ns/uts is not a network namespace",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "network", "path": "/dev/null"}),
+                "[1].path: /dev/null is not a network namespace",
             ),
             (
                 "/linux/namespaces/1",

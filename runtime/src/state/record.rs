@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{ContainerStatus, Event, ProcessIdentity};
-use crate::guest_size::GuestSize;
+use crate::{guest_size::GuestSize, network::Traces};
 
 /// The record of a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +42,9 @@ pub struct Record {
     pub cgroups: Vec<PathBuf>,
     /// The container's own among them, one a hierarchy.
     pub cgroup: Vec<PathBuf>,
+    /// What the monitor has changed in a network namespace that is not its own.
+    #[serde(default)]
+    pub network: Option<Traces>,
     /// The size that its guest was made with.
     pub guest: GuestSize,
     /// How the container's process ended, once it has.
@@ -83,6 +86,7 @@ impl Record {
             vmm: None,
             cgroups: Vec::new(),
             cgroup: Vec::new(),
+            network: None,
             guest: GuestSize::default(),
             exit_status: None,
         }

@@ -128,7 +128,7 @@ impl Vm for FakeVm {
         }
     }
 
-    fn command(&mut self, _: VmCommand) -> Result<(), VmError> {
+    fn command_with(&mut self, _: VmCommand, _: &[BorrowedFd<'_>]) -> Result<(), VmError> {
         Ok(())
     }
 

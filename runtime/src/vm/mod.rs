@@ -64,8 +64,17 @@ pub trait Vm {
     /// control socket come as errors.
     fn next_event(&mut self) -> Result<Option<VmEvent>, VmError>;
 
+    /// Tells the VM something that needs these descriptors.
+    fn command_with(
+        &mut self,
+        command: VmCommand,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), VmError>;
+
     /// Tells the VM something.
-    fn command(&mut self, command: VmCommand) -> Result<(), VmError>;
+    fn command(&mut self, command: VmCommand) -> Result<(), VmError> {
+        self.command_with(command, &[])
+    }
 
     /// Ends the VM; when this returns no process of it is left.
     fn stop(&mut self) -> Result<(), VmError>;

@@ -2,7 +2,8 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
+    io::{self, IoSlice, Read},
+    mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
@@ -15,6 +16,7 @@ use std::{
 use bulkhead_vmm::config::{VmCommand, VmConfig, VmEvent};
 use rustix::{
     event::{PollFd, PollFlags},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
 };
 
@@ -23,6 +25,8 @@ use crate::wait::{Deadline, poll};
 
 /// More than any event needs: a VMM that sends longer lines is not one.
 const LONGEST_LINE: usize = 64 * 1024;
+/// The most descriptors that a command brings.
+const DESCRIPTORS: usize = 4;
 /// How long a VM may take to end when told to, before it is killed.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
@@ -69,7 +73,12 @@ impl VmProcess {
         })
     }
 
-    fn send(&mut self, message: &impl serde::Serialize) -> Result<(), VmError> {
+    /// Descriptors go with the first byte that the socket takes.
+    fn send(
+        &mut self,
+        message: &impl serde::Serialize,
+        mut descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), VmError> {
         let mut line = serde_json::to_vec(message).map_err(VmError::Malformed)?;
         line.push(b'\n');
         let failed = control_error("write to");
@@ -77,8 +86,8 @@ impl VmProcess {
         let mut rest = line.as_slice();
         let deadline = Deadline::after(END_LIMIT);
         loop {
-            match self.control.write(rest) {
-                Ok(count) => rest = &rest[count..],
+            match self.write(rest, descriptors) {
+                Ok(count) => (rest, descriptors) = (&rest[count..], &[]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let mut descriptors = [PollFd::new(&self.control, PollFlags::OUT)];
@@ -94,6 +103,17 @@ impl VmProcess {
                 return Ok(());
             }
         }
+    }
+
+    fn write(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let bytes = [IoSlice::new(bytes)];
+        let sent = rustix::net::sendmsg(&self.control, &bytes, &mut control, SendFlags::NOSIGNAL)?;
+        Ok(sent)
     }
 
     /// The next whole line that was received; the error at the end of the socket.
@@ -172,7 +192,7 @@ impl Vm for VmProcess {
     }
 
     fn configure(&mut self, config: &VmConfig) -> Result<(), VmError> {
-        self.send(config)
+        self.send(config, &[])
     }
 
     fn next_event(&mut self) -> Result<Option<VmEvent>, VmError> {
@@ -190,8 +210,12 @@ impl Vm for VmProcess {
         }
     }
 
-    fn command(&mut self, command: VmCommand) -> Result<(), VmError> {
-        self.send(&command)
+    fn command_with(
+        &mut self,
+        command: VmCommand,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), VmError> {
+        self.send(&command, descriptors)
     }
 
     fn stop(&mut self) -> Result<(), VmError> {
@@ -199,7 +223,7 @@ impl Vm for VmProcess {
             return Ok(());
         }
         // A VM that cannot be told has ended, or ends because the socket closes.
-        let _ = self.send(&VmCommand::Stop);
+        let _ = self.send(&VmCommand::Stop, &[]);
         let _ = self.control.shutdown(std::net::Shutdown::Both);
         self.reap();
         Ok(())

@@ -14,6 +14,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod mutants;
+mod network;
 mod pressure;
 mod process;
 mod security;
@@ -74,6 +75,7 @@ pub(crate) fn all() -> Vec<Case> {
         host::cases(),
         bad_input::cases(),
         mutants::cases(),
+        network::cases(),
         pressure::cases(),
         broken_host::cases(),
         vm::cases(),

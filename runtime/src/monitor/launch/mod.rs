@@ -11,21 +11,25 @@ use std::{
 };
 
 use bulkhead_agent_protocol::{
-    Greeting, SHARE_TAG,
+    Greeting,
     messages::{
         CreateContainerRequest, CreateContainerResponse, SetUpSandboxRequest, SetUpSandboxResponse,
         Stdio,
     },
 };
-use bulkhead_vmm::config::{DiskConfig, ShareConfig, VmCommand, VmConfig, VmEvent, VsockConfig};
+use bulkhead_vmm::config::{VmCommand, VmEvent};
 use oci_spec::runtime::Spec;
 use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
+mod hooks;
+mod network;
+
 use super::{
-    View,
+    StandIn, View,
     attach::{Attached, HostStdio},
-    sandbox::{ContainerOrder, Sandbox},
+    order::ContainerOrder,
+    sandbox::Sandbox,
 };
 use crate::{
     agent::{
@@ -34,21 +38,17 @@ use crate::{
         rpc::{RpcClient, RpcError},
     },
     cgroup::{Cgroup, CgroupError, Limits},
-    guest_size::GuestSize,
-    hooks::{self, HookError},
+    hooks::HookError,
+    network::{Network, NetworkError},
     share::{self, Share},
     spec::{Loaded, SpecError, check::Checked},
-    state::{Container, ContainerStatus, Event, ProcessIdentity, SOCKETS, StateError, VMM_LOG},
+    state::{Container, Event, ProcessIdentity, StateError, VMM_LOG},
     stdio::{Relay, Signals},
     timeline::{Moment, Timeline},
     vm::{Vm, VmError},
     wait::{Deadline, poll},
 };
 
-/// The program that the guest's kernel starts.
-const INIT: &str = "/sbin/bulkhead-agent";
-/// Every guest is alone behind its own socket directory, so all have the same context id.
-const GUEST_CID: u64 = 3;
 /// From the start of the VMM until the agent's greeting. A guest is up in a fraction of a second;
 /// this is for hosts that are emulated or badly overloaded.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
@@ -73,12 +73,21 @@ pub enum LaunchError {
     /// The guest could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// The network failed.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
     /// The agent refused; the beginning is runc's words, which its callers look for.
     #[error("unable to start container process")]
     Agent(#[source] RpcError),
+    /// The VMM does not answer.
+    #[error("the virtual machine does not say whether it has the network interfaces")]
+    Attach,
+    /// The agent refused; in its words.
+    #[error("cannot set up the network in the guest: {0}")]
+    SetNetwork(String),
     /// The guest did not come up.
     #[error(
         "the guest did not come up within {} s; `bulkhead check` tells whether this host can run \
@@ -112,7 +121,8 @@ pub enum LaunchError {
 /// Starts a VM: given the program and where its log goes.
 pub type VmStarter<'s> = &'s dyn Fn(&Path, File) -> Result<Box<dyn Vm>, VmError>;
 
-/// Makes the sandbox.
+/// Makes the sandbox. Without a first thread to stand in, it has no network: in unit tests, which
+/// need no privileges.
 pub fn launch<'a>(
     order: &ContainerOrder,
     (loaded, checked): (&Loaded, &Checked),
@@ -120,38 +130,45 @@ pub fn launch<'a>(
     start_vm: VmStarter<'_>,
     signals: &mut Signals,
     host: HostStdio,
+    stand_in: Option<&StandIn>,
 ) -> Result<Sandbox<'a>, LaunchError> {
     let mut timeline = Timeline {
         runtime_started: Moment::at(order.began),
         ..Timeline::default()
     };
-    check_installation(order)?;
+    order.check_installation()?;
     // Every process of the VM holds this file open and by it the lock, recorded or not yet: so
     // that a removal can wait for all of them.
     let vm = start_vm(&order.vmm, container.open_held(VMM_LOG)?)?;
     timeline.vmm_started = Some(Moment::now());
     let sockets = agent::sockets(container)?;
-    let guest = order.guest;
     let mut launch = Launch {
         container,
         spec: &loaded.spec,
         vm,
         ready: ReadyListener::bind(sockets.as_fd())?,
         cgroup: locate_cgroup(order, checked)?,
-        limits: Limits::of(&loaded.spec, guest),
+        limits: Limits::of(&loaded.spec, order.guest),
         signals,
         timeline,
+        network: None,
     };
     let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
     launch
         .vm
-        .configure(&vm_config(order, container.path(), guest, &share))?;
+        .configure(&order.vm_config(container.path(), &share))?;
     launch.record_cgroup()?;
+    launch.enter_network(checked.network.as_deref(), stand_in)?;
     launch.boot()?;
     launch.create_hooks()?;
-    let (rpc, relay) =
+    launch.attach_interfaces()?;
+    let (mut rpc, relay) =
         launch.create_container(order, &loaded.bytes, &share, sockets.as_fd(), &host)?;
+    launch.set_network(&mut rpc)?;
     launch.container_hooks()?;
+    // What hooks have brought.
+    launch.attach_interfaces()?;
+    launch.set_network(&mut rpc)?;
     launch.cgroup.limit_cpu_time(&launch.limits)?;
     launch.record_created()?;
     launch.timeline.container_created = Some(Moment::now());
@@ -163,23 +180,8 @@ pub fn launch<'a>(
         timeline_file: order.timeline.clone(),
         cgroup: launch.cgroup,
         view: View::of(&loaded.spec, &share, &checked.rootfs),
+        network: launch.network,
     })
-}
-
-fn check_installation(order: &ContainerOrder) -> Result<(), LaunchError> {
-    let files = [
-        ("guest kernel", &order.kernel, "--kernel"),
-        ("guest root image", &order.root_image, "--root-image"),
-    ];
-    for (what, path, option) in files {
-        File::open(path).map_err(|source| LaunchError::Installation {
-            what,
-            path: path.clone(),
-            option,
-            source,
-        })?;
-    }
-    Ok(())
 }
 
 fn locate_cgroup(order: &ContainerOrder, checked: &Checked) -> Result<Cgroup, CgroupError> {
@@ -194,41 +196,6 @@ fn locate_cgroup(order: &ContainerOrder, checked: &Checked) -> Result<Cgroup, Cg
     )
 }
 
-fn vm_config(
-    order: &ContainerOrder,
-    directory: &Path,
-    guest: GuestSize,
-    share: &Share,
-) -> VmConfig {
-    VmConfig {
-        kernel: order.kernel.clone(),
-        kernel_arguments: if order.debug {
-            vec!["BULKHEAD_LOG=debug".to_owned()]
-        } else {
-            Vec::new()
-        },
-        init: INIT.to_owned(),
-        cpus: guest.cpus,
-        memory_mib: guest.memory_mib,
-        disks: vec![DiskConfig {
-            path: order.root_image.clone(),
-            read_only: true,
-            id: None,
-        }],
-        share: Some(ShareConfig {
-            tag: SHARE_TAG.to_owned(),
-            entries: share.entries.clone(),
-        }),
-        vsock: Some(VsockConfig {
-            guest_cid: GUEST_CID,
-            directory: directory.join(SOCKETS),
-        }),
-        guest_log: order.guest_log.clone(),
-        network_namespace: None,
-        spare_slots: 0,
-    }
-}
-
 struct Launch<'l, 'a> {
     container: &'a Container,
     spec: &'l Spec,
@@ -238,6 +205,7 @@ struct Launch<'l, 'a> {
     limits: Limits,
     signals: &'l mut Signals,
     timeline: Timeline,
+    network: Option<Network<'a>>,
 }
 
 impl Launch<'_, '_> {
@@ -318,13 +286,11 @@ impl Launch<'_, '_> {
             }
             VmEvent::Running { timeline } => {
                 self.timeline.vm_running = Some(Moment::at(timeline.running_us));
+                // While the guest boots.
+                self.refresh_network()?;
                 Ok(true)
             }
-            VmEvent::Failed { .. } | VmEvent::Exited => Ok(false),
-            // Nothing is attached yet.
-            VmEvent::Attached { .. } | VmEvent::AttachFailed { .. } | VmEvent::Detached { .. } => {
-                Ok(false)
-            }
+            event => self.on_network_event(&event).map(|()| false),
         }
     }
 
@@ -339,49 +305,6 @@ impl Launch<'_, '_> {
             return Err(LaunchError::Interrupted);
         }
         Ok(())
-    }
-
-    /// runtime-spec, "Lifecycle" 3 to 5: what hooks find is the container's sandbox, before its
-    /// root is entered.
-    fn create_hooks(&self) -> Result<(), LaunchError> {
-        let Some(hooks) = self.spec.hooks() else {
-            return Ok(());
-        };
-        let mut view = self.container.record()?.view();
-        // What they were made for (config "Prestart") comes between `create` and `start`.
-        view.status = ContainerStatus::Created;
-        hooks::run("prestart", hooks::prestart(hooks), &view, None)?;
-        view.status = ContainerStatus::Creating;
-        let list = hooks.create_runtime().as_deref();
-        hooks::run("createRuntime", list, &view, None)?;
-        Ok(())
-    }
-
-    /// runtime-spec, config "CreateContainer Hooks": the container is there, its process has not
-    /// been let run.
-    fn container_hooks(&self) -> Result<(), LaunchError> {
-        let hooks = self.spec.hooks().as_ref();
-        let Some(list) = hooks.and_then(|hooks| hooks.create_container().as_deref()) else {
-            return Ok(());
-        };
-        let record = self.container.record()?;
-        let failed = |error| LaunchError::Io("find the VM's process for hooks", error);
-        let vmm = match record.vmm {
-            Some(vmm) => {
-                let gone = || VmError::Gone(String::new());
-                Some(vmm.open().map_err(failed)?.ok_or_else(gone)?)
-            }
-            None => None,
-        };
-        let mut view = record.view();
-        view.status = ContainerStatus::Creating;
-        let namespaces = vmm.as_ref().map(AsFd::as_fd);
-        Ok(hooks::run(
-            "createContainer",
-            Some(list),
-            &view,
-            namespaces,
-        )?)
     }
 
     fn create_container(
@@ -464,7 +387,9 @@ impl Launch<'_, '_> {
             }
             let [event, signal, _] = descriptors.map(|fd| !fd.revents().is_empty());
             if event {
-                while self.vm.next_event()?.is_some() {}
+                while let Some(event) = self.vm.next_event()? {
+                    self.on_network_event(&event)?;
+                }
             }
             if signal {
                 self.judge_signals()?;
