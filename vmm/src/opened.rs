@@ -129,7 +129,9 @@ fn open_disk(index: usize, disk: &DiskConfig) -> Result<(Serial, Disk), OpenErro
     let access = if disk.read_only {
         OFlags::RDONLY
     } else {
-        OFlags::RDWR
+        // EXCL: a block device that is mounted on the host, or part of another device, is not to
+        // be had (open(2)); for files it means nothing.
+        OFlags::RDWR | OFlags::EXCL
     };
     // NONBLOCK: opening a pipe by mistake must not hang.
     let fd = open(

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_getfl, flock};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
@@ -45,6 +45,15 @@ pub enum DiskError {
         "the id {0:?} is no serial of a disk: give 1 to {ID_SIZE} of A-Z, a-z, 0-9, '.', '_', ':', '-'"
     )]
     Serial(String),
+    /// Someone else writes to it, or has it while we want to write to it.
+    #[error(
+        "the disk {path} is in use by another virtual machine or locked by a program; one that \
+         is written to can be attached only once"
+    )]
+    InUse {
+        /// Path as configured.
+        path: PathBuf,
+    },
     /// Less than one sector.
     #[error("the disk {path} is empty")]
     Empty {
@@ -105,6 +114,16 @@ pub(super) enum AccessError {
     Host(#[source] io::Error),
 }
 
+/// A filesystem that two kernels write to is destroyed, and one that changes under its reader is
+/// damaged to it. The lock is the open file's, so it goes with the last process that has it.
+fn lock(file: &File, read_only: bool) -> Result<(), Errno> {
+    let kind = match read_only {
+        true => FlockOperation::NonBlockingLockShared,
+        false => FlockOperation::NonBlockingLockExclusive,
+    };
+    flock(file, kind)
+}
+
 impl Disk {
     /// `path` is for messages; `file` is open for what `read_only` says.
     pub fn new(path: &Path, mut file: File, read_only: bool) -> Result<Self, DiskError> {
@@ -122,6 +141,10 @@ impl Disk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Type { path: path.into() });
         }
+        lock(&file, read_only).map_err(|error| match error {
+            Errno::WOULDBLOCK => DiskError::InUse { path: path.into() },
+            error => examine(error.into()),
+        })?;
         let block_size = if kind.is_block_device() {
             rustix::fs::ioctl_blksszget(&file).map_err(|error| examine(error.into()))?
         } else {

@@ -413,3 +413,23 @@ fn what_cannot_be_a_disk() {
         Disk::new(path, file, true).expect_err("no disk");
     }
 }
+
+#[test]
+fn a_disk_that_is_written_to_is_attached_once() {
+    let directory = Directory::new();
+    let path = directory.path().join("disk");
+    std::fs::write(&path, [0; 4096]).expect("write");
+    let again = |read_only: bool| {
+        let file = OpenOptions::new().read(true).write(!read_only).open(&path);
+        Disk::new(&path, file.expect("open"), read_only)
+    };
+    let writer = open(&path, false);
+    for read_only in [true, false] {
+        let error = again(read_only).expect_err("in use").to_string();
+        assert!(error.contains("in use"), "{error}");
+    }
+    drop(writer);
+    let _reader = open(&path, true);
+    again(true).expect("a second reader");
+    again(false).expect_err("a writer beside readers");
+}
