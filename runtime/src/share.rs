@@ -22,30 +22,37 @@ use crate::spec::SpecError;
 pub struct Share {
     /// For the VMM.
     pub entries: Vec<ShareEntry>,
-    /// For the agent: where the root filesystem lies.
+    /// For the agent: where the root filesystem lies; empty when it is on a disk.
     pub rootfs: String,
     /// For the agent: where the source of each bind mount (index in `mounts`) lies.
     pub bind_sources: HashMap<u32, String>,
+    /// The mounts that become memory of the guest, [`crate::shm`].
+    pub memory: Vec<(usize, u64)>,
 }
 
 /// Collects the share of a container.
 pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Share, SpecError> {
-    let rootfs_target = format!("{id}/rootfs");
     let mut share = Share {
-        entries: vec![ShareEntry {
+        entries: Vec::new(),
+        rootfs: String::new(),
+        bind_sources: HashMap::new(),
+        memory: Vec::new(),
+    };
+    if !crate::disks::is_disk(rootfs) {
+        share.rootfs = format!("{id}/rootfs");
+        share.entries.push(ShareEntry {
             source: rootfs.to_owned(),
-            target: rootfs_target.clone(),
+            target: share.rootfs.clone(),
             // `root.readonly` is applied in the guest, after the mount points that are missing
             // have been made, as other runtimes do.
             read_only: false,
             // Storage drivers may have put mounts below it.
             recursive: true,
-        }],
-        rootfs: rootfs_target,
-        bind_sources: HashMap::new(),
-    };
+        });
+    }
+    share.memory = crate::shm::of_guest(bundle, spec);
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        if !is_bind(mount) {
+        if !is_bind(mount) || share.memory.iter().any(|(own, _)| *own == index) {
             continue;
         }
         let number = u32::try_from(index).map_err(|_| SpecError::Invalid {
@@ -65,7 +72,7 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
 }
 
 /// runc takes a mount for a bind mount by its type or by its options.
-fn is_bind(mount: &Mount) -> bool {
+pub(crate) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
 
@@ -116,7 +123,7 @@ fn bind_source(index: usize, mount: &Mount, bundle: &Path) -> Result<PathBuf, Sp
     if kind.is_char_device() || kind.is_block_device() {
         return Err(unsupported(
             "a device of the host, which a guest cannot open; name it in linux.devices if the \
-             guest has it too",
+             guest has it too, or give the mount the type ext4 or erofs for the file system on it",
         ));
     }
     if kind.is_fifo() {

@@ -27,7 +27,7 @@ fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> SpecError
 /// What the host side takes from a configuration that it can serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checked {
-    /// Absolute path of the root filesystem.
+    /// Absolute path of the root filesystem: a directory, a block device or an image.
     pub rootfs: PathBuf,
     /// Whether the process has a terminal.
     pub terminal: bool,
@@ -259,7 +259,7 @@ fn rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
         source,
     };
     let real = fs::canonicalize(&path).map_err(failed)?;
-    if !real.is_dir() {
+    if !real.is_dir() && !crate::disks::is_disk(&real) {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }
     Ok(real)

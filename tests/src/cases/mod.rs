@@ -2,6 +2,7 @@
 //! crun and runc too, which proves the tests; those marked `vm` are about Bulkhead alone.
 
 mod bad_input;
+mod block;
 mod broken_host;
 mod config;
 mod crash;
@@ -72,6 +73,7 @@ pub(crate) fn all() -> Vec<Case> {
         sockets::cases(),
         share::cases(),
         inotify::cases(),
+        block::cases(),
         host::cases(),
         bad_input::cases(),
         mutants::cases(),

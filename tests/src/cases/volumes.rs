@@ -11,8 +11,41 @@ use crate::scene::Scene;
 
 super::cases!(volumes;
     common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
-        rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount;
+        rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount, shared_memory;
     vm: propagation, id_mapped);
+
+/// Engines make a tmpfs for /dev/shm and name it as a bind mount's source.
+fn shared_memory(scene: &Scene) -> Result<()> {
+    let source = scene.path("engine").join("shm");
+    fs::create_dir_all(&source)?;
+    let size = Some(c"mode=1777,size=1m");
+    rustix::mount::mount("shm", &source, "tmpfs", MountFlags::empty(), size)?;
+    let script = "stat -c %a /dev/shm; dd if=/dev/zero of=/dev/shm/x bs=64k count=8 2>/dev/null && \
+        echo fits; dd if=/dev/zero of=/dev/shm/y bs=64k count=16 2>/dev/null || echo full; \
+        grep ' /dev/shm ' /proc/mounts";
+    let bundle = scene.bundle()?.shell(script).with(|spec| {
+        for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+            if mount["destination"] == "/dev/shm" {
+                let options = json!(["bind", "rprivate", "nosuid", "noexec", "nodev"]);
+                *mount = json!({ "destination": "/dev/shm", "type": "bind", "source": source,
+                    "options": options });
+            }
+        }
+    });
+    let output = scene
+        .run(&bundle)?
+        .ok()?
+        .says(&["1777\n", "fits\n", "full\n"]);
+    let left = fs::read_dir(&source)?.count();
+    rustix::mount::unmount(&source, rustix::mount::UnmountFlags::empty())?;
+    let output = output?;
+    if scene.runtime == crate::runtime::Runtime::Bulkhead {
+        // It is the guest's own memory, not the host's.
+        ensure!(output.text().contains(" /dev/shm tmpfs "), "{output}");
+        ensure!(left == 0, "{left} files on the host");
+    }
+    Ok(())
+}
 
 fn read_write(scene: &Scene) -> Result<()> {
     let data = scene.path("data");

@@ -38,9 +38,11 @@ use crate::{
         rpc::{RpcClient, RpcError},
     },
     cgroup::{Cgroup, CgroupError, Limits},
+    disks::{self, Disks},
     hooks::HookError,
     network::{Network, NetworkError},
     share::{self, Share},
+    shm,
     spec::{Loaded, SpecError, check::Checked},
     state::{Container, Event, ProcessIdentity, StateError, VMM_LOG},
     stdio::{Relay, Signals},
@@ -154,16 +156,22 @@ pub fn launch<'a>(
         network: None,
     };
     let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
-    launch
-        .vm
-        .configure(&order.vm_config(container.path(), &share))?;
+    let disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
+    let mut config = order.vm_config(container.path(), &share);
+    config.disks.extend(disks.configs.iter().cloned());
+    launch.vm.configure(&config)?;
     launch.record_cgroup()?;
     launch.enter_network(checked.network.as_deref(), stand_in)?;
     launch.boot()?;
     launch.create_hooks()?;
     launch.attach_interfaces()?;
-    let (mut rpc, relay) =
-        launch.create_container(order, &loaded.bytes, &share, sockets.as_fd(), &host)?;
+    let (mut rpc, relay) = launch.create_container(
+        order,
+        &loaded.bytes,
+        (&share, disks),
+        sockets.as_fd(),
+        &host,
+    )?;
     launch.set_network(&mut rpc)?;
     launch.container_hooks()?;
     // What hooks have brought.
@@ -311,7 +319,7 @@ impl Launch<'_, '_> {
         &mut self,
         order: &ContainerOrder,
         spec: &[u8],
-        share: &Share,
+        (share, disks): (&Share, Disks),
         sockets: BorrowedFd<'_>,
         host: &HostStdio,
     ) -> Result<(RpcClient, Relay), LaunchError> {
@@ -331,9 +339,12 @@ impl Launch<'_, '_> {
         let (rows, columns) = host.size();
         let request = CreateContainerRequest {
             container_id: order.id.clone(),
-            spec: spec.to_vec(),
+            spec: shm::rewrite(spec, &share.memory)
+                .map_err(|error| LaunchError::Io("read the configuration again", error.into()))?,
             rootfs: share.rootfs.clone(),
             bind_sources: share.bind_sources.clone(),
+            rootfs_device: disks.rootfs.into(),
+            block_mounts: disks.mounts,
             stdio: Some(Stdio {
                 rows,
                 columns,
