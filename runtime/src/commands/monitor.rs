@@ -80,7 +80,6 @@ fn container(
                 host,
                 Some(stand_in),
             )?;
-            // A `run` in the foreground stays where its caller has put it.
             sandbox.join_cgroup()?;
             sandbox.show(stand_in)?;
             Ok(sandbox)

@@ -76,6 +76,8 @@ fn attached(
         host,
         Some(stand_in),
     )?;
+    // Until the end: removing the cgroup, and poststop hooks, are the caller's doing again.
+    let _visit = sandbox.visit_cgroup()?;
     sandbox.show(stand_in)?;
     if let Some(path) = &options.create.pid_file {
         write_pid_file(path, std::process::id())?;

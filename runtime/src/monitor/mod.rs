@@ -27,6 +27,6 @@ pub use exec::{ExecOrder, join};
 pub use handover::{HandoverError, Order, Outcome, Waiting, receive, report, spawn};
 pub use launch::{LaunchError, VmStarter, launch};
 pub use order::ContainerOrder;
-pub use sandbox::{Ended, Sandbox};
+pub use sandbox::{Ended, Sandbox, Visit};
 pub use stand_in::{StandIn, beside};
 pub use view::{View, ViewError};

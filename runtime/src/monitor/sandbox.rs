@@ -46,6 +46,14 @@ impl Sandbox<'_> {
         self.cgroup.place(std::process::id())
     }
 
+    /// The same for as long as the guard lives: for a `run` in the foreground, whose caller has put
+    /// it somewhere.
+    pub fn visit_cgroup(&self) -> Result<Visit, CgroupError> {
+        let visit = Visit(Cgroup::own()?);
+        self.join_cgroup()?;
+        Ok(visit)
+    }
+
     /// Lets the container's process run; the caller writes down that it does.
     pub fn start(&mut self, deadline: Deadline) -> Result<(), RpcError> {
         let id = self.container.id().to_owned();
@@ -85,6 +93,18 @@ impl Sandbox<'_> {
             status,
             timeline: self.timeline,
             timeline_file: self.timeline_file,
+        }
+    }
+}
+
+/// This process is in a container's cgroup, which it leaves for its own when this is dropped.
+#[derive(Debug)]
+pub struct Visit(Cgroup);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.place(std::process::id()) {
+            tracing::error!("{}", crate::error::chain(&error));
         }
     }
 }

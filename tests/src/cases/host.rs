@@ -11,7 +11,7 @@ use crate::scene::Scene;
 super::cases!(host;
     common: features, hooks, failing_hook, log_formats, pid_file_is_replaced_whole, version,
         mount_namespace_of_the_pid;
-    vm: default_cgroup);
+    vm: default_cgroup, foreground_cgroup);
 
 fn features(scene: &Scene) -> Result<()> {
     let output = scene.call(&["features"])?;
@@ -187,6 +187,21 @@ fn version(scene: &Scene) -> Result<()> {
         "no spec version: {text}"
     );
     Ok(())
+}
+
+/// Engines look for a container's cgroup by its pid, whoever started it.
+fn foreground_cgroup(scene: &Scene) -> Result<()> {
+    let bundle = scene.bundle()?.shell("echo up; read x");
+    let path = bundle.spec["linux"]["cgroupsPath"].clone();
+    let path = path.as_str().context("cgroupsPath")?.to_owned();
+    let (id, mut process) = scene.start_named(&bundle)?;
+    process.wait_for("up\n")?;
+    let pid = scene.state(&id)?["pid"].clone();
+    let found = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    ensure!(found.lines().all(|line| line.ends_with(&path)), "{found}");
+    process.send(b"\n")?;
+    process.finish()?.ok()?;
+    scene.expect_nothing_left()
 }
 
 /// Without `cgroupsPath` a container has a cgroup of its own all the same, and it goes with it.
