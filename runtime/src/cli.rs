@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{log::LogFormat, spec::UnknownProperties};
+use crate::{cgroup::Driver, log::LogFormat, spec::UnknownProperties};
 
 const VERSION: &str = concat!(
     "version ",
@@ -42,6 +42,10 @@ pub struct Global {
     /// Take linux.cgroupsPath for systemd's form, slice:prefix:name (the cgroup is made directly)
     #[arg(long)]
     pub systemd_cgroup: bool,
+    /// Who makes the container's cgroup on the host, as in crun; "systemd" is --systemd-cgroup, with
+    /// "disabled" there is none, and limits hold in the guest alone
+    #[arg(long, value_name = "MANAGER", conflicts_with = "systemd_cgroup")]
+    pub cgroup_manager: Option<Driver>,
     /// Configuration file, instead of /etc/bulkhead/config.toml
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -15,6 +15,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::{CgroupError, Version};
@@ -24,8 +25,9 @@ const DEFAULT_SLICE: &str = "system.slice";
 /// The prefix of scopes of containers without a path.
 const DEFAULT_PREFIX: &str = "bulkhead";
 
-/// Who is told to make cgroups (runc's --systemd-cgroup), which decides the form of paths.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Who is told to make cgroups (runc's --systemd-cgroup, crun's --cgroup-manager), which decides the
+/// form of paths.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Driver {
     /// The file system's form.
@@ -33,6 +35,8 @@ pub enum Driver {
     Cgroupfs,
     /// `slice:prefix:name`.
     Systemd,
+    /// Nobody: limits hold in the guest, and the host's process stays where its caller is.
+    Disabled,
 }
 
 /// One mounted hierarchy.
@@ -104,7 +108,7 @@ pub(super) fn resolve(
     let path = path.filter(|path| !path.as_os_str().is_empty());
     let resolved = match (driver, path) {
         (Driver::Systemd, path) => return scope(path, id),
-        (Driver::Cgroupfs, path) => path.unwrap_or(Path::new(id)),
+        (Driver::Cgroupfs | Driver::Disabled, path) => path.unwrap_or(Path::new(id)),
     };
     if resolved
         .components()

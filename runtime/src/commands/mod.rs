@@ -177,7 +177,7 @@ impl Context {
         if self.global.systemd_cgroup {
             Driver::Systemd
         } else {
-            Driver::Cgroupfs
+            self.global.cgroup_manager.unwrap_or_default()
         }
     }
 

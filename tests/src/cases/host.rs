@@ -11,7 +11,7 @@ use crate::scene::Scene;
 super::cases!(host;
     common: features, hooks, failing_hook, log_formats, pid_file_is_replaced_whole, version,
         mount_namespace_of_the_pid;
-    vm: default_cgroup, foreground_cgroup);
+    vm: default_cgroup, foreground_cgroup, no_cgroup);
 
 fn features(scene: &Scene) -> Result<()> {
     let output = scene.call(&["features"])?;
@@ -200,6 +200,26 @@ fn foreground_cgroup(scene: &Scene) -> Result<()> {
     let found = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     ensure!(found.lines().all(|line| line.ends_with(&path)), "{found}");
     process.send(b"\n")?;
+    process.finish()?.ok()?;
+    scene.expect_nothing_left()
+}
+
+/// Podman's `--cgroups=disabled`.
+fn no_cgroup(scene: &Scene) -> Result<()> {
+    let bundle = scene
+        .bundle()?
+        .shell("cat /sys/fs/cgroup/pids.max")
+        .with(|spec| {
+            spec["linux"]["resources"]["pids"] = json!({ "limit": 77 });
+        });
+    bundle.write()?;
+    let id = scene.id();
+    let mut command = scene.command(&["--cgroup-manager", "disabled", "run", "--bundle"]);
+    command.arg(&bundle.path).arg(&id);
+    let mut process = Process::spawn(command)?;
+    process.wait_for("77\n")?;
+    let made = crate::leftovers::cgroups(&scene.prefix);
+    ensure!(made.is_empty(), "{made:?}");
     process.finish()?.ok()?;
     scene.expect_nothing_left()
 }
