@@ -71,6 +71,16 @@ pub enum HookError {
     },
 }
 
+/// The lists of hooks, in the order in which they run.
+pub const KINDS: [&str; 6] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
+
 /// The hooks to run before `createRuntime`: deprecated and still used.
 #[allow(deprecated)]
 pub fn prestart(hooks: &Hooks) -> Option<&[Hook]> {
@@ -345,14 +355,7 @@ mod tests {
 
     #[test]
     fn hooks_of_every_kind_are_judged() {
-        for kind in [
-            "prestart",
-            "createRuntime",
-            "createContainer",
-            "startContainer",
-            "poststart",
-            "poststop",
-        ] {
+        for kind in KINDS {
             for (bad, field) in [
                 (serde_json::json!({"path": "bin/sh"}), "path"),
                 (serde_json::json!({"path": "/a", "timeout": 0}), "timeout"),

@@ -93,14 +93,7 @@ fn the_program_says_the_same() {
         assert_eq!(said, Some(works(field)), "{pointer}, {field}");
     }
     let hooks = features["hooks"].as_array().unwrap();
-    for kind in [
-        "prestart",
-        "createRuntime",
-        "createContainer",
-        "startContainer",
-        "poststart",
-        "poststop",
-    ] {
+    for kind in bulkhead::hooks::KINDS {
         let works = works(&format!("hooks.{kind}[].path"));
         assert_eq!(hooks.iter().any(|hook| hook == kind), works, "{kind}");
     }

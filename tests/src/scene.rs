@@ -142,14 +142,20 @@ impl Scene {
     /// The same, with the container's name.
     pub(crate) fn start_named(&self, bundle: &Bundle) -> Result<(String, Process)> {
         bundle.write()?;
+        self.start_as_it_is(bundle)
+    }
+
+    /// The same, with the config.json that lies in the bundle.
+    fn start_as_it_is(&self, bundle: &Bundle) -> Result<(String, Process)> {
         let id = self.id();
-        let command = self.command(&[
-            "run".as_ref(),
-            "--bundle".as_ref(),
-            bundle.as_os_str(),
-            id.as_ref(),
-        ]);
+        let mut command = self.command(&["run", "--bundle"]);
+        command.arg(&bundle.path).arg(&id);
         Ok((id, Process::spawn(command)?))
+    }
+
+    /// `run`s a bundle to its end, with the config.json that lies in it.
+    pub(crate) fn run_as_it_is(&self, bundle: &Bundle) -> Result<Output> {
+        self.start_as_it_is(bundle)?.1.finish()
     }
 
     /// `run`s a shell script in a fresh bundle to its end.

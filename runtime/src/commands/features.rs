@@ -4,13 +4,13 @@ use bulkhead_agent_protocol::oci::MOUNT_OPTIONS;
 use serde_json::json;
 
 use super::{Error, print};
+use crate::hooks::KINDS;
 
 pub(super) fn features() -> Result<u8, Error> {
     let features = json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
-        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart",
-            "poststop"],
+        "hooks": KINDS,
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],

@@ -39,15 +39,8 @@ fn survive(scene: &Scene, seeds: Range<u64>) -> Result<()> {
     for seed in seeds {
         let mutant = mutate(&bundle.spec, seed);
         fs::write(bundle.path.join("config.json"), &mutant.bytes)?;
-        let id = scene.id();
-        let args = [
-            "run".as_ref(),
-            "--bundle".as_ref(),
-            bundle.as_os_str(),
-            id.as_ref(),
-        ];
         let told = || format!("mutant {seed} ({})", mutant.story);
-        let output = scene.call(&args).with_context(told)?;
+        let output = scene.run_as_it_is(&bundle).with_context(told)?;
         judge(&mutant, &output).with_context(told)?;
         scene.expect_nothing_left().with_context(told)?;
     }

@@ -135,14 +135,7 @@ fn run_with_room(scene: &Scene, bundle: &crate::bundle::Bundle, room: &str) -> R
         Some(data.as_c_str()),
     )?;
     let result = (|| {
-        let id = scene.id();
-        let args = [
-            "run".as_ref(),
-            "--bundle".as_ref(),
-            bundle.as_os_str(),
-            id.as_ref(),
-        ];
-        let output = scene.call(&args)?;
+        let output = scene.run_as_it_is(bundle)?;
         let ran = output.code() == 3;
         if !ran {
             ensure!(
