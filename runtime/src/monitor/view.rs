@@ -75,7 +75,8 @@ struct Source {
 }
 
 impl View {
-    /// That of a container.
+    /// That of a container. A root filesystem on a disk is the guest's alone, like what else
+    /// exists there only: empty here.
     pub fn of(spec: &Spec, share: &Share, rootfs: &Path) -> Self {
         let source = |index: usize| {
             let target = share.bind_sources.get(&u32::try_from(index).ok()?)?;
@@ -105,7 +106,12 @@ impl View {
     pub fn enter(self) -> Result<(), ViewError> {
         let failed = |what, path: &Path| error(what, path.to_owned());
         // What lies on the host is opened while its paths still mean the host's.
-        let root = clone_mount(&self.root, true).map_err(failed("open", &self.root))?;
+        let on_disk = crate::disks::is_disk(&self.root);
+        let root = match on_disk {
+            true => empty(),
+            false => clone_mount(&self.root, true),
+        }
+        .map_err(failed("open", &self.root))?;
         let mut pieces = Vec::with_capacity(self.mounts.len());
         for place in self.mounts {
             let piece = place.source.as_ref().map(|source| {
@@ -132,6 +138,7 @@ impl View {
             }
         }
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        absent.extend(on_disk.then_some(root));
         absent
             .iter()
             .try_for_each(write_protect)
@@ -348,6 +355,26 @@ mod tests {
         if let Some(written) = inside(view, || fs::write("/x", "x")) {
             let error = written.unwrap().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+        }
+    }
+
+    #[test]
+    fn a_root_on_a_disk_is_empty_but_for_the_mounts() {
+        let host = tempfile::tempdir().unwrap();
+        let image = host.path().join("image");
+        fs::write(&image, "no directory").unwrap();
+        fs::create_dir(host.path().join("volume")).unwrap();
+        let view = View {
+            root: image,
+            read_only: false,
+            mounts: vec![bind("/data", host.path().join("volume"), false)],
+        };
+        let task = || (names("/"), fs::write("/x", "x"), fs::write("/data/x", "x"));
+        if let Some(seen) = inside(view, task) {
+            let (names, root, volume) = seen.unwrap();
+            assert_eq!(names, ["data"]);
+            assert_eq!(root.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+            volume.unwrap();
         }
     }
 
