@@ -1,16 +1,16 @@
 //! A container's sandbox from the monitor's side once it is there: letting the process run,
 //! standing for it, and taking everything down.
 
-use std::{os::fd::BorrowedFd, path::PathBuf};
+use std::{os::fd::BorrowedFd, path::PathBuf, time::Duration};
 
-use bulkhead_agent_protocol::messages::{Empty, StartContainerRequest};
+use bulkhead_agent_protocol::messages::{Empty, RemoveContainerRequest, StartContainerRequest};
 
 use super::{
     StandIn, View, ViewError,
     attach::{Attached, Owned},
 };
 use crate::{
-    agent::{self, rpc::RpcError},
+    agent::{self, AgentError, rpc::RpcError},
     cgroup::{Cgroup, CgroupError},
     network::Network,
     state::{Container, Event, StateError},
@@ -20,6 +20,9 @@ use crate::{
     wait::Deadline,
 };
 
+/// For writing out what a container has on disks: as long as a slow disk may need.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
+
 /// A container whose process waits to be let run, or runs.
 pub struct Sandbox<'a> {
     pub(super) container: &'a Container,
@@ -28,6 +31,7 @@ pub struct Sandbox<'a> {
     pub(super) timeline: Timeline,
     pub(super) timeline_file: Option<PathBuf>,
     pub(super) cgroup: Cgroup,
+    pub(super) has_disks: bool,
     pub(super) view: View,
     pub(super) network: Option<Network<'a>>,
 }
@@ -72,6 +76,19 @@ impl Sandbox<'_> {
         self.network.as_ref().map(Network::home)
     }
 
+    /// Has the guest write out and unmount what the container has on disks.
+    fn unmount(&self) -> Result<(), AgentError> {
+        let deadline = Deadline::after(UNMOUNT_LIMIT);
+        let mut rpc = agent::connect(self.container, deadline)?;
+        let request = RemoveContainerRequest {
+            container_id: self.container.id().to_owned(),
+            force: true,
+            ..Default::default()
+        };
+        let _: Empty = agent::call(&mut rpc, "RemoveContainer", &request, deadline)?;
+        Ok(())
+    }
+
     /// Stands for the container's process until it has ended, then takes the VM down.
     pub fn supervise(mut self, signals: &mut Signals) -> Ended {
         let owned = Owned {
@@ -84,8 +101,14 @@ impl Sandbox<'_> {
             .inspect_err(|error| tracing::error!("cannot wait for the container: {error}"))
             .unwrap_or(255);
         self.timeline.process_ended = Some(Moment::now());
-        // The container's files lie on the host, written through: nothing in the guest is left
-        // to be saved, so the machine can be switched off.
+        // Files of the share lie on the host, written through; those on disks are the guest's to
+        // save. After that the machine can be switched off.
+        if self.has_disks
+            && let Err(error) = self.unmount()
+        {
+            let error = crate::error::chain(&error);
+            tracing::warn!("the container's disks are left as by a power failure: {error}");
+        }
         if let Err(error) = self.vm.stop() {
             tracing::error!("{}", crate::error::chain(&error));
         }

@@ -160,6 +160,8 @@ fn attached_once(scene: &Scene) -> Result<()> {
             "{refused}"
         );
     }
+    scene.call(&["kill", &writer.id, "KILL"])?.ok()?;
+    writer.process()?.wait()?;
     scene.destroy(&writer.id)?;
     let readers = [
         scene.start(&with_disk(bundle()?, &disk, &["ro"]))?,

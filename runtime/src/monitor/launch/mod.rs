@@ -159,6 +159,7 @@ pub fn launch<'a>(
     let disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
     let mut config = order.vm_config(container.path(), &share);
     config.disks.extend(disks.configs.iter().cloned());
+    let has_disks = !disks.configs.is_empty();
     launch.vm.configure(&config)?;
     launch.record_cgroup()?;
     launch.enter_network(checked.network.as_deref(), stand_in)?;
@@ -187,6 +188,7 @@ pub fn launch<'a>(
         timeline: launch.timeline,
         timeline_file: order.timeline.clone(),
         cgroup: launch.cgroup,
+        has_disks,
         view: View::of(&loaded.spec, &share, &checked.rootfs),
         network: launch.network,
     })
