@@ -160,10 +160,12 @@ fn wrong_types(scene: &Scene) -> Result<()> {
             |spec| spec["linux"]["namespaces"] = json!([{ "type": "x" }]),
             &["x"],
         )?;
-        // Capabilities that nobody knows are a warning (runtime-spec, config "Linux Process").
-        let bundle = scene
-            .bundle()?
-            .with(|spec| spec["process"]["capabilities"]["bounding"] = json!(["CAP_NO_SUCH"]));
+        // Capabilities that nobody knows are a warning from version 1.1 of the runtime-spec on (config
+        // "Linux Process").
+        let bundle = scene.bundle()?.with(|spec| {
+            spec["ociVersion"] = json!("1.1.0");
+            spec["process"]["capabilities"]["bounding"] = json!(["CAP_NO_SUCH"]);
+        });
         let output = scene.run(&bundle)?.ok()?;
         ensure!(output.errors().contains("CAP_NO_SUCH"), "{output}");
         let rlimit = json!([{ "type": "RLIMIT_NO_SUCH", "soft": 1, "hard": 1 }]);
