@@ -16,8 +16,8 @@ use crate::leftovers;
 use crate::process::{DEADLINE, Other, Process};
 
 /// Where runtimes and engines keep a file or directory for each container, and where a mistake
-/// would show.
-const PLACES: [&str; 16] = [
+/// would show. Not `/run/docker/netns`, which Docker tidies once a minute only.
+const PLACES: [&str; 15] = [
     "/run",
     "/tmp",
     "/root",
@@ -30,7 +30,6 @@ const PLACES: [&str; 16] = [
     "/var/lib/containers/storage/overlay",
     "/var/lib/containers/storage/overlay-containers",
     "/var/lib/containers/storage/volumes",
-    "/run/docker/netns",
     "/run/docker/runtime-runc/moby",
     "/run/docker/runtime-bulkhead/moby",
     "/var/lib/docker/containers",

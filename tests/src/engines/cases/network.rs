@@ -47,8 +47,9 @@ fn connected(engine: &Engine, options: &[&str], script: &str) -> Result<crate::p
 
 /// Retries in the container: a server that was just started may not listen yet.
 fn get(url: &str) -> String {
+    // The statically linked wget of Debian crashes with a time limit of its own.
     format!(
-        "for i in 1 2 3 4 5 6 7 8 9 10; do wget -T 5 -qO- {url} && exit; sleep 0.3; done; exit 1"
+        "for i in 1 2 3 4 5 6 7 8 9 10; do timeout 5 wget -qO- {url} && exit; sleep 0.3; done; exit 1"
     )
 }
 
@@ -175,7 +176,7 @@ fn of_another_container(engine: &Engine) -> Result<()> {
     let output = connected(
         engine,
         &["--network", "container:made-owner"],
-        "ip -4 addr show dev eth0; wget -T 5 -qO- http://127.0.0.1/",
+        "ip -4 addr show dev eth0; timeout 5 wget -qO- http://127.0.0.1/",
     )?;
     if engine.bulkhead() {
         // Two machines cannot have one loopback device; the address they would share.

@@ -68,7 +68,7 @@ fn pod_with_port(engine: &Engine) -> Result<()> {
         ])?
         .ok()?;
     engine.wait_for_log("made-web", "ready")?;
-    let fetch = "for i in 1 2 3 4 5 6 7 8 9 10; do wget -T 5 -qO- http://127.0.0.1/ && exit; sleep 0.3; done; exit 1";
+    let fetch = "for i in 1 2 3 4 5 6 7 8 9 10; do timeout 5 wget -qO- http://127.0.0.1/ && exit; sleep 0.3; done; exit 1";
     engine
         .exec("made-web", fetch)?
         .ok()?
