@@ -11,9 +11,9 @@ AGENT := target/x86_64-unknown-linux-gnu/release/bulkhead-agent
 CARGO_DENY_VERSION := 0.20.2
 CARGO_DEB_VERSION := 3.8.0
 CARGO_DEB := $(CACHE)/tools/cargo-deb-$(CARGO_DEB_VERSION)/bin/cargo-deb
-SCRIPTS := guest-kernel/build rootfs/build .ci/run tests/conformance/build-suite tests/conformance/run packaging/install packaging/make-deb $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all test-install test-installed check-files)
+SCRIPTS := guest-kernel/build rootfs/build .ci/run tests/conformance/build-suite tests/conformance/run tests/workloads/image tests/workloads/run packaging/install packaging/make-deb $(addprefix tests/host/,mkimage init enter demo demo-container deps test-all test-install test-installed check-files)
 
-.PHONY: help all deps build kernel rootfs pages install uninstall deb test-install host demo test test-all check bench conformance host-shell host-run clean
+.PHONY: help all deps build kernel rootfs pages install uninstall deb test-install host demo test test-all check bench workloads conformance host-shell host-run clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ check: deps $(CACHE)/tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny ## fo
 bench: build kernel rootfs ## measure in virtual time; results in target/bench/results.json
 	@$(TESTHOST) run --icount --timeout 3600 --fetch /tmp/results.json:target/bench/results.json -- \
 		bulkhead-bench --json /tmp/results.json
+
+workloads: build kernel rootfs host ## databases, servers, a compiler in containers, each with a check of its data; FILTER=name
+	@tests/workloads/run $(FILTER)
 
 conformance: build kernel rootfs ## the OCI validation suite, beside crun and runc; CGROUP=v1|v2, FILTER=name
 	@CGROUP=$(CGROUP) tests/conformance/run $(FILTER)

@@ -215,13 +215,14 @@ impl Process {
 
     /// Waits until standard output holds this text.
     pub(crate) fn wait_for(&mut self, needle: &str) -> Result<()> {
+        self.wait_for_within(needle, DEADLINE)
+    }
+
+    /// The same, with another deadline.
+    pub(crate) fn wait_for_within(&mut self, needle: &str, time: Duration) -> Result<()> {
         let found = |process: &Self| contains(&process.stdout.bytes, needle.as_bytes());
         let over = |process: &Self| found(process) || process.stdout.pipe.is_none();
-        self.pump(
-            &format!("{needle:?} on its standard output"),
-            DEADLINE,
-            over,
-        )?;
+        self.pump(&format!("{needle:?} on its standard output"), time, over)?;
         ensure!(
             found(self),
             "standard output ended without {needle:?}: {}",

@@ -28,6 +28,7 @@ mod tty;
 mod update;
 mod vm;
 mod volumes;
+mod workloads;
 
 use anyhow::Result;
 
@@ -82,6 +83,7 @@ pub(crate) fn all() -> Vec<Case> {
         broken_host::cases(),
         vm::cases(),
         crash::cases(),
+        workloads::cases(),
     ]
     .into_iter()
     .flatten()
