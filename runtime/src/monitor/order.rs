@@ -37,7 +37,7 @@ pub struct ContainerOrder {
     pub debug: bool,
     /// File for the timeline.
     pub timeline: Option<PathBuf>,
-    /// When the runtime began, [`Moment::microseconds`].
+    /// When the runtime began, [`crate::timeline::Moment::microseconds`].
     pub began: u64,
     /// Whether the container gets no session keyring of its own.
     pub no_new_keyring: bool,

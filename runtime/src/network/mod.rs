@@ -7,9 +7,9 @@
 //! ```
 //!
 //! The monitor stays in the namespace that the configuration names, or in an empty one of its own.
-//! Each Ethernet interface there gets a tap ([`tap`]) that traffic control ties it to
-//! ([`redirect`]) and a device in the guest; the agent is told the whole wanted state ([`scan`])
-//! and told again whenever the kernel announces a change ([`netlink`]). [`image`] has the course
+//! Each Ethernet interface there gets a tap (`tap`) that traffic control ties it to
+//! (`redirect`) and a device in the guest; the agent is told the whole wanted state (`scan`)
+//! and told again whenever the kernel announces a change (`netlink`). `image` has the course
 //! of an interface.
 
 mod image;
