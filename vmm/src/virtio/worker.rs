@@ -32,7 +32,7 @@ pub trait Handler: Send + 'static {
     /// One event has come. Level-triggered unless registered otherwise, so what is not consumed
     /// comes again. Must not block: `stop` waits for it.
     fn handle(&mut self, poll: &Poll, token: u64, events: EventSet) -> Result<(), HandlerError>;
-    /// Whether [`Self::quiet`] is to be called if no event comes for [`QUIET_MS`].
+    /// Whether [`Self::quiet`] is to be called if no event comes for `QUIET_MS`.
     fn awaits_quiet(&self) -> bool {
         false
     }
