@@ -73,7 +73,7 @@ bench: build kernel rootfs ## measure in virtual time; results in target/bench/r
 	@$(TESTHOST) run --icount --timeout 3600 --fetch /tmp/results.json:target/bench/results.json -- \
 		bulkhead-bench --json /tmp/results.json
 
-workloads: build kernel rootfs host ## databases, servers, a compiler in containers, each with a check of its data; FILTER=name
+workloads: build kernel rootfs host ## a store, servers, a compiler in containers, each with a check of its data; FILTER=name
 	@tests/workloads/run $(FILTER)
 
 conformance: build kernel rootfs ## the OCI validation suite, beside crun and runc; CGROUP=v1|v2, FILTER=name

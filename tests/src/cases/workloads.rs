@@ -14,17 +14,13 @@ use crate::process::Process;
 use crate::scene::{Scene, skip};
 
 super::cases!(workloads;
-    common: postgresql, redis, nginx, python, compile, sqlite;
+    common: redis, nginx, python, compile, sqlite;
     vm:);
 
 /// Where the image and the scripts are in the test host.
 const FILES: &str = "/opt/bulkhead/share/workloads";
 /// For one container: these do real work, under an emulated CPU.
 const LONG: Duration = Duration::from_secs(280);
-
-fn postgresql(scene: &Scene) -> Result<()> {
-    killed_and_started_again(scene, "postgresql")
-}
 
 fn redis(scene: &Scene) -> Result<()> {
     killed_and_started_again(scene, "redis")
