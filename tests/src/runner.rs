@@ -15,8 +15,10 @@ use crate::process::{Process, excerpt};
 use crate::runtime::Runtime;
 use crate::scene::{self, Scene, Skip};
 
-/// Longest time for one test.
-const LONGEST: Duration = Duration::from_secs(300);
+/// Longest time for one test that says nothing else.
+pub(crate) const LONGEST: Duration = Duration::from_secs(300);
+/// When the process of a test is given up that did not end itself.
+const HANGS: Duration = cases::workloads::LONGEST.saturating_add(Duration::from_secs(120));
 /// What the process of a skipped test exits with.
 const SKIPPED: u8 = 77;
 /// First argument of the process of one test.
@@ -142,7 +144,7 @@ fn confined(arguments: &[String]) -> Result<Result<Completion, Failed>> {
     command.arg(ONE).args(arguments).arg(directory.path());
     let mut process = Process::spawn(command)?;
     process.close_stdin();
-    let ended = process.wait_within(LONGEST + Duration::from_secs(120));
+    let ended = process.wait_within(HANGS);
     let Ok(status) = ended else {
         return Ok(Err(format!("hangs: {}", process.stderr()).into()));
     };
@@ -183,13 +185,14 @@ fn attempt(runtime: &str, name: &str, directory: &Path) -> Result<()> {
         .find(|case| case.name == name)
         .context("no such test")?;
     let scene = Scene::enter(runtime, directory)?;
-    guarded(scene::clean_up, || {
+    guarded(case.longest(), scene::clean_up, || {
         (case.run)(&scene).and_then(|()| scene.expect_nothing_left())
     })
 }
 
 /// Runs a test's body in its process; however it ends, `clean_up` is called, too late or not.
 pub(crate) fn guarded(
+    longest: Duration,
     clean_up: impl Fn() + Clone + Send + Sync + 'static,
     body: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
@@ -202,8 +205,8 @@ pub(crate) fn guarded(
     let (_running, watched) = mpsc::channel::<()>();
     let too_late = clean_up.clone();
     std::thread::spawn(move || {
-        if watched.recv_timeout(LONGEST) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("took longer than {} s", LONGEST.as_secs());
+        if watched.recv_timeout(longest) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("took longer than {} s", longest.as_secs());
             too_late();
             std::process::exit(1);
         }

@@ -28,10 +28,13 @@ mod tty;
 mod update;
 mod vm;
 mod volumes;
-mod workloads;
+pub(crate) mod workloads;
+
+use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::runner;
 use crate::runtime::Runtime;
 use crate::scene::Scene;
 
@@ -50,6 +53,15 @@ pub(crate) struct Case {
 impl Case {
     pub(crate) fn applies_to(&self, runtime: Runtime) -> bool {
         runtime == Runtime::Bulkhead || !self.vm
+    }
+
+    /// How long it may take.
+    pub(crate) fn longest(&self) -> Duration {
+        if self.name.starts_with("workloads::") {
+            workloads::LONGEST
+        } else {
+            runner::LONGEST
+        }
     }
 }
 

@@ -23,7 +23,7 @@ super::cases!(network;
         monitor_killed, vmm_killed);
 
 /// A network namespace with an interface `eth0`, whose other end the test host has.
-struct Wire {
+pub(super) struct Wire {
     holder: Process,
     pid: i32,
     /// The test host's end.
@@ -38,7 +38,7 @@ fn shell(script: &str) -> Result<Output> {
 }
 
 impl Wire {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let mut command = Command::new("unshare");
         command.args(["--net", "sh", "-c", "echo up; exec sleep 1000"]);
         let mut holder = Process::spawn(command)?;
@@ -63,7 +63,7 @@ impl Wire {
         Ok(wire)
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/net", self.pid))
     }
 
@@ -83,7 +83,7 @@ impl Wire {
     }
 
     /// Nothing of ours is in the namespace, and none of the rest is gone; then it is given up.
-    fn untouched(mut self, scene: &Scene) -> Result<()> {
+    pub(super) fn untouched(mut self, scene: &Scene) -> Result<()> {
         let seen = self.inside("tc qdisc show; tc filter show dev eth0 ingress; ip -o link")?;
         let text = seen.text();
         for trace in ["clsact", "bhtap", "mirred"] {
@@ -104,7 +104,7 @@ impl Wire {
 }
 
 /// The container joins a network namespace, and may send packets of its own making.
-fn networked(spec: &mut Value, path: &str) {
+pub(super) fn networked(spec: &mut Value, path: &str) {
     if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
         for namespace in namespaces {
             // Without a path it is a new one.

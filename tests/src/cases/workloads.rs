@@ -2,25 +2,42 @@
 //! so it is there only where `tests/workloads/run` (`make workloads`) has put it.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
-use crate::process::Process;
+use crate::process::{Output, Process};
 use crate::scene::{Scene, skip};
 
+use super::network::{Wire, networked};
+
 super::cases!(workloads;
-    common: redis, nginx, python, compile, sqlite;
+    common: postgresql, redis, nginx, web_from_the_host, python, compile, sqlite, systemd, containers_inside;
     vm:);
 
 /// Where the image and the scripts are in the test host.
 const FILES: &str = "/opt/bulkhead/share/workloads";
-/// For one container: these do real work, under an emulated CPU.
-const LONG: Duration = Duration::from_secs(280);
+/// For one test: these do real work, under an emulated CPU.
+pub(crate) const LONGEST: Duration = Duration::from_secs(1200);
+/// For one step of it.
+const LONG: Duration = Duration::from_secs(900);
+/// What engines give a container that is to be as it wishes (`--privileged`), of what these need.
+const PRIVILEGED: [&str; 5] = [
+    "CAP_DAC_READ_SEARCH",
+    "CAP_NET_ADMIN",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_RESOURCE",
+];
+
+fn postgresql(scene: &Scene) -> Result<()> {
+    killed_and_started_again(scene, "postgresql")
+}
 
 fn redis(scene: &Scene) -> Result<()> {
     killed_and_started_again(scene, "redis")
@@ -40,6 +57,136 @@ fn compile(scene: &Scene) -> Result<()> {
 
 fn sqlite(scene: &Scene) -> Result<()> {
     to_its_end(scene, "sqlite")
+}
+
+/// A server in the container, its load from the host.
+fn web_from_the_host(scene: &Scene) -> Result<()> {
+    let debian = Debian::mount(scene)?;
+    let wire = Wire::new()?;
+    let bundle = debian.bundle(scene, &["nginx", "serve"])?;
+    let mut container =
+        scene.start(&bundle.with(|spec| networked(spec, &wire.path().display().to_string())))?;
+    container.streams.wait_for_within("serving\n", LONG)?;
+    let mut load = Command::new("chroot");
+    load.arg(&debian.image).args([
+        "ab",
+        "-q",
+        "-n",
+        "400",
+        "-c",
+        "8",
+        "http://10.77.0.2:8080/file",
+    ]);
+    let mut load = Process::spawn(load)?;
+    load.wait_within(LONG)?;
+    let report = load.finish()?.ok()?;
+    for line in [
+        "Complete requests:      400\n",
+        "Failed requests:        0\n",
+    ] {
+        ensure!(report.text().contains(line), "{report}");
+    }
+    scene.call(&["kill", &container.id, "TERM"])?.ok()?;
+    container.process()?.wait()?;
+    let log = fs::read_to_string(debian.data.join("access.log"))?;
+    ensure!(log.lines().count() == 400, "{log}");
+    scene.destroy(&container.id)?;
+    debian.unmount()?;
+    wire.untouched(scene)
+}
+
+/// systemd starts all that a Debian starts, runs a unit, and ends at its signal.
+fn systemd(scene: &Scene) -> Result<()> {
+    let debian = Debian::mount(scene)?;
+    // They want rights or places that a plain container has not.
+    for unit in [
+        "nginx",
+        "podman",
+        "podman-auto-update",
+        "podman-restart",
+        "postgresql",
+        "redis-server",
+    ] {
+        let place = debian.root.join("etc/systemd/system");
+        fs::remove_file(place.join(format!("{unit}.service"))).ok();
+        symlink("/dev/null", place.join(format!("{unit}.service")))?;
+    }
+    let bundle = debian.bundle(scene, &["systemd"])?.args(&["/sbin/init"]);
+    let bundle = with_own_cgroup(bundle)
+        .mount(tmpfs("/run"))
+        // Without it systemd would mount one, which it may not, and give up.
+        .mount(tmpfs("/run/lock"))
+        .with(|spec| {
+            spec["process"]["env"] = json!(["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "container=oci"]);
+        });
+    let container = scene.start(&bundle)?;
+    let inside = |args: &[&str]| -> Result<Output> {
+        let mut exec = scene.command(&["exec", &container.id]);
+        exec.args(args);
+        let mut exec = Process::spawn(exec)?;
+        exec.wait_within(LONG)?;
+        exec.finish()
+    };
+    let manager = "until [ -S /run/systemd/private ]; do sleep 0.1; done; exec systemctl is-system-running --wait";
+    let state = inside(&["sh", "-c", manager])?;
+    let failed = inside(&["systemctl", "--failed", "--no-legend"])?;
+    ensure!(state.text() == "running\n", "{state} {failed}");
+    inside(&["systemctl", "is-active", "graphical.target"])?.ok()?;
+    inside(&[
+        "systemd-run",
+        "--quiet",
+        "--wait",
+        "--property=MemoryMax=32M",
+        "true",
+    ])?
+    .ok()?;
+    // What systemd takes for "power off" in a container (systemd(1), "Signals").
+    scene.call(&["kill", &container.id, "RTMIN+4"])?.ok()?;
+    container.process()?.wait()?;
+    scene.destroy(&container.id)?;
+    debian.unmount()
+}
+
+fn containers_inside(scene: &Scene) -> Result<()> {
+    let debian = Debian::mount(scene)?;
+    let bundle = debian.bundle(scene, &["podman"])?;
+    let bundle = with_own_cgroup(bundle)
+        .mount(tmpfs("/run"))
+        .mount(tmpfs("/var/lib/containers"))
+        .with(|spec| {
+            for set in ["bounding", "effective", "permitted"] {
+                if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
+                    set.extend(PRIVILEGED.map(|capability| json!(capability)));
+                }
+            }
+            for paths in ["maskedPaths", "readonlyPaths"] {
+                spec["linux"][paths] = json!([]);
+            }
+            spec["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
+        });
+    let mut process = scene.start_run(&bundle)?;
+    process.close_stdin();
+    process.wait_within(LONG)?;
+    process.finish()?.ok()?.says(&["ok\n"])?;
+    debian.unmount()
+}
+
+/// The container may make cgroups below its own.
+fn with_own_cgroup(bundle: Bundle) -> Bundle {
+    bundle.with(|spec| {
+        for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+            if mount["type"] == "cgroup" {
+                mount["options"] = json!(["nosuid", "noexec", "nodev", "rw"]);
+            }
+        }
+    })
+}
+
+fn tmpfs(destination: &str) -> Value {
+    json!({
+        "destination": destination, "type": "tmpfs", "source": "tmpfs",
+        "options": ["nosuid", "nodev", "mode=755"],
+    })
 }
 
 /// Runs a script until it says that all is well.
@@ -111,12 +258,15 @@ impl Debian {
             .chain(script[1..].iter().copied())
             .collect();
         let capabilities = json!([
+            "CAP_AUDIT_WRITE",
             "CAP_CHOWN",
             "CAP_DAC_OVERRIDE",
             "CAP_FOWNER",
             "CAP_FSETID",
             "CAP_KILL",
+            "CAP_MKNOD",
             "CAP_NET_BIND_SERVICE",
+            "CAP_NET_RAW",
             "CAP_SETFCAP",
             "CAP_SETGID",
             "CAP_SETPCAP",

@@ -158,6 +158,7 @@ fn attempt(engine: &str, runtime: &str, name: &str, directory: &Path) -> Result<
     // Orphans of the case stay the program's, so that they are found.
     let engine = Engine::new(kind, runtime, directory)?;
     runner::guarded(
+        runner::LONGEST,
         move || engine::clean_up(kind),
         || (case.run)(&engine).and_then(|()| engine.expect_nothing_left()),
     )
