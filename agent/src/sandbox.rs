@@ -95,7 +95,8 @@ impl Sandbox {
             }
             Entry::Vacant(free) => free.insert(Slot::Creating),
         };
-        let others = Others::find(&request.join_namespaces, |id| self.container(id));
+        let (namespaces, mounts) = (&request.join_namespaces, &request.join_mounts);
+        let others = Others::find(namespaces, mounts, |id| self.container(id));
         let created = match others {
             Ok(others) => Container::create(&self.surroundings, &request, &others).await,
             Err(error) => Err(error),

@@ -107,6 +107,27 @@ async fn to_the_end<T: Send + 'static>(
     }
 }
 
+/// A caller that waits for a container's end and stands for it. Dropped before that, as when the
+/// caller's connection breaks, it removes the container: nobody would.
+struct StandsFor {
+    sandbox: Arc<Sandbox>,
+    container: Option<String>,
+}
+
+impl Drop for StandsFor {
+    fn drop(&mut self) {
+        let Some(id) = self.container.take() else {
+            return;
+        };
+        let sandbox = self.sandbox.clone();
+        tokio::spawn(async move {
+            if let Err(error) = sandbox.remove(id, true).await {
+                tracing::warn!(error = %error.chain(), "a container without its monitor stays");
+            }
+        });
+    }
+}
+
 /// The answer of requests that only succeed or fail.
 fn done((): ()) -> Empty {
     Empty::new()
@@ -223,7 +244,15 @@ impl Agent for Service {
         asked: WaitProcessRequest,
     ) -> Reply<WaitProcessResponse> {
         let process = self.sandbox.process(&asked.container_id, &asked.exec_id)?;
+        let stands = asked.stands_for_container && asked.exec_id.is_empty();
+        let guard = stands.then(|| StandsFor {
+            sandbox: self.sandbox.clone(),
+            container: Some(asked.container_id.clone()),
+        });
         let ended = process.wait().await;
+        if let Some(mut guard) = guard {
+            guard.container = None;
+        }
         Ok(WaitProcessResponse {
             status: ended.status,
             out_of_memory: ended.out_of_memory,

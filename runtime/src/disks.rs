@@ -128,6 +128,26 @@ fn source<'f>(field: &'f str, mount: &Mount, bundle: &Path) -> Result<Source<'f>
 }
 
 impl Disks {
+    /// Gives all of them other names, beginning with this.
+    pub fn rename(&mut self, prefix: &str) {
+        let renamed = |name: &str| format!("{prefix}{name}");
+        for config in &mut self.configs {
+            config.id = config.id.as_deref().map(renamed);
+        }
+        for device in self.rootfs.iter_mut().chain(self.mounts.values_mut()) {
+            device.serial = renamed(&device.serial);
+        }
+    }
+
+    /// One of this name was attached to a guest that runs, which knows it as this device.
+    pub fn at(&mut self, name: &str, device: &str) {
+        for disk in self.rootfs.iter_mut().chain(self.mounts.values_mut()) {
+            if disk.serial == name {
+                device.clone_into(&mut disk.device);
+            }
+        }
+    }
+
     fn add(
         &mut self,
         serial: &str,

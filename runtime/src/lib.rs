@@ -18,6 +18,7 @@ pub mod lifecycle;
 pub mod log;
 pub mod monitor;
 pub mod network;
+pub mod pod;
 pub mod share;
 pub mod shm;
 pub mod signal;

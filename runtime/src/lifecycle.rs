@@ -9,6 +9,7 @@ use crate::{
     cgroup::{self, CgroupError},
     hooks::{self, Namespaces},
     network::NetworkError,
+    pod::{self, LeaveError, PodError},
     spec::Loaded,
     state::{
         Container, ContainerStatus, Event, MONITOR_LOCK, ProcessIdentity, Record, StateError,
@@ -31,6 +32,12 @@ pub enum DestroyError {
     /// The network namespace's interfaces cannot be restored.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Others in the VM cannot be looked for.
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// Something is left in the VM, which others keep.
+    #[error(transparent)]
+    Leave(#[from] LeaveError),
     /// A process that was never recorded does not end.
     #[error("a process of container {0:?} is still there")]
     Left(String),
@@ -68,21 +75,38 @@ pub fn destroy(container: &Container) -> Result<(), DestroyError> {
         }
         Err(error) => return Err(error.into()),
     };
+    let mut others = Vec::new();
     if let Some(record) = &record {
-        // The monitor first: it would report the VM's end as an accident.
+        // The monitor first: it would report the VM's end as an accident. And before others are
+        // looked for, so that of two containers that are removed at once one finds itself the last.
         end("monitor", record.monitor)?;
-        end("virtual machine", record.vmm)?;
+        others = pod::others(container, record)?;
+        if others.is_empty() {
+            end("virtual machine", record.vmm)?;
+        } else {
+            pod::leave(container, record)?;
+            pod::pass_on(container, record, &others)?;
+        }
         if let Some(traces) = &record.network {
             traces.undo()?;
         }
         cgroup::remove(&record.cgroups)?;
     }
     let config = container.config().ok();
-    let holders = [MONITOR_LOCK, VMM_LOG].map(|name| container.holders(name));
+    // A VM that others keep goes on.
+    let held = if others.is_empty() {
+        &[MONITOR_LOCK, VMM_LOG][..]
+    } else {
+        &[MONITOR_LOCK]
+    };
+    let holders: Vec<_> = held
+        .iter()
+        .filter_map(|name| container.holders(name))
+        .collect();
     locked.remove()?;
     // Released first: whoever waits for it finds the container gone, and ends.
     drop(locked);
-    for holders in holders.into_iter().flatten() {
+    for holders in holders {
         if !holders.wait(END_LIMIT) {
             return Err(DestroyError::Left(container.id().to_owned()));
         }

@@ -28,15 +28,36 @@ pub struct Share {
     pub bind_sources: HashMap<u32, String>,
     /// The mounts that become memory of the guest, [`crate::shm`].
     pub memory: Vec<(usize, u64)>,
+    /// The source of one of those on the host, canonical.
+    pub memory_source: Option<PathBuf>,
+    /// The mounts (index in `mounts`) that are to be the memory that another container has there.
+    pub joined_memory: Vec<u32>,
 }
 
-/// Collects the share of a container.
+impl Share {
+    /// Leaves out the mounts of /dev/shm whose source is this one: the guest has memory in its place,
+    /// with the container whose IPC namespace is joined.
+    pub fn join_memory(&mut self, source: Option<&Path>, bundle: &Path, spec: &Spec) {
+        let Some(source) = source else { return };
+        for index in crate::shm::of_source(source, bundle, spec) {
+            if let Some(target) = self.bind_sources.remove(&index) {
+                self.entries.retain(|entry| entry.target != target);
+                self.joined_memory.push(index);
+                self.memory_source = Some(source.to_owned());
+            }
+        }
+    }
+}
+
+/// Collects the share of a container, in a directory of the whole.
 pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Share, SpecError> {
     let mut share = Share {
         entries: Vec::new(),
         rootfs: String::new(),
         bind_sources: HashMap::new(),
         memory: Vec::new(),
+        memory_source: None,
+        joined_memory: Vec::new(),
     };
     if !crate::disks::is_disk(rootfs) {
         share.rootfs = format!("{id}/rootfs");
@@ -51,6 +72,10 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
         });
     }
     share.memory = crate::shm::of_guest(bundle, spec);
+    share.memory_source = share
+        .memory
+        .first()
+        .and_then(|(index, _)| crate::shm::source(bundle, spec.mounts().as_ref()?.get(*index)?));
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         if !is_bind(mount) || share.memory.iter().any(|(own, _)| *own == index) {
             continue;

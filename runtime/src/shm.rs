@@ -3,7 +3,11 @@
 //! of the share: every page would cross to the host and back. So a tmpfs that an engine has made for
 //! the container alone becomes one in the guest, of the same size.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use serde_json::{Value, json};
@@ -39,7 +43,7 @@ fn size(bundle: &Path, mount: &Mount) -> Option<u64> {
     if !crate::share::is_bind(mount) || mount.destination() != Path::new("/dev/shm") {
         return None;
     }
-    let source = fs::canonicalize(bundle.join(mount.source().as_ref()?)).ok()?;
+    let source = source(bundle, mount)?;
     let above = source.parent()?;
     let named = source.file_name()? == "shm" && source != Path::new("/dev/shm");
     let mounted = fs::metadata(&source).ok()?.dev() != fs::metadata(above).ok()?.dev();
@@ -52,6 +56,24 @@ fn size(bundle: &Path, mount: &Mount) -> Option<u64> {
     }
     let unit = u64::try_from(filesystem.f_bsize).ok()?;
     Some(filesystem.f_blocks.saturating_mul(unit))
+}
+
+/// Where the source of a mount is, canonical.
+pub fn source(bundle: &Path, mount: &Mount) -> Option<PathBuf> {
+    fs::canonicalize(bundle.join(mount.source().as_ref()?)).ok()
+}
+
+/// The bind mounts of /dev/shm (index in `mounts`) that have this source.
+pub fn of_source(wanted: &Path, bundle: &Path, spec: &Spec) -> Vec<u32> {
+    let is_it = |mount: &Mount| {
+        crate::share::is_bind(mount)
+            && mount.destination() == Path::new("/dev/shm")
+            && source(bundle, mount).as_deref() == Some(wanted)
+    };
+    let mounts = spec.mounts().iter().flatten().enumerate();
+    mounts
+        .filter_map(|(index, mount)| u32::try_from(index).ok().filter(|_| is_it(mount)))
+        .collect()
 }
 
 /// The configuration as the guest gets it: byte for byte the bundle's, but for these mounts.

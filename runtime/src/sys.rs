@@ -1,7 +1,10 @@
 //! The crate's only unsafe code: system calls that rustix cannot offer as safe functions.
 #![allow(unsafe_code)]
 
-use std::{io, os::fd::AsFd};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+};
 
 use rustix::{
     io::Errno,
@@ -89,4 +92,68 @@ pub(crate) fn unshare_network() -> io::Result<()> {
     // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
     Ok(())
+}
+
+/// Gives the calling thread a root and a working directory of its own, which it needs before it can
+/// enter a mount namespace.
+pub(crate) fn unshare_filesystem() -> Result<(), Errno> {
+    // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
+    unsafe { unshare_unsafe(UnshareFlags::FS) }
+}
+
+/// What is to become of a mount, mount_setattr(2).
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MountChange {
+    /// Set-user-id programs, devices and execution are forbidden.
+    pub(crate) restricted: bool,
+    /// Writing is forbidden.
+    pub(crate) read_only: bool,
+    /// Writing is allowed.
+    pub(crate) writable: bool,
+    /// It leaves the propagation that it is part of.
+    pub(crate) private: bool,
+    /// All of it goes for the mounts below, too.
+    pub(crate) recursive: bool,
+}
+
+/// Changes a mount, given by a descriptor of its root.
+pub(crate) fn change_mount(mount: BorrowedFd<'_>, change: MountChange) -> Result<(), Errno> {
+    let flags = |flags: &[(bool, u64)]| {
+        let asked = flags.iter().filter(|(asked, _)| *asked);
+        asked.fold(0, |all, (_, flag)| all | flag)
+    };
+    let restricted = change.restricted;
+    let attributes = libc::mount_attr {
+        attr_set: flags(&[
+            (restricted, libc::MOUNT_ATTR_NOSUID),
+            (restricted, libc::MOUNT_ATTR_NODEV),
+            (restricted, libc::MOUNT_ATTR_NOEXEC),
+            (change.read_only, libc::MOUNT_ATTR_RDONLY),
+        ]),
+        attr_clr: flags(&[(change.writable, libc::MOUNT_ATTR_RDONLY)]),
+        propagation: flags(&[(change.private, libc::MS_PRIVATE)]),
+        userns_fd: 0,
+    };
+    let recursive = if change.recursive {
+        libc::AT_RECURSIVE
+    } else {
+        0
+    };
+    // SAFETY: the path is an empty C string, the structure is passed with its own size; both outlive
+    // the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | recursive,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
 }

@@ -11,6 +11,7 @@ use crate::config::{VmCommand, VmEvent};
 use crate::control::Received;
 use crate::failure::Chain;
 use crate::machine::{Machine, MachineError};
+use crate::owners::{OwnerId, Owners};
 use crate::virtio::VirtioDevice;
 use crate::virtio::blk::{Block, Disk, DiskError, Serial};
 use crate::virtio::net::{MacAddress, MacError, Net, Tap, TapError};
@@ -55,8 +56,9 @@ pub enum AttachError {
 /// What is attached.
 #[derive(Debug)]
 pub struct Attached {
-    /// Places by name.
-    places: BTreeMap<String, usize>,
+    /// Places by owner and name. What an owner who has gone leaves stays until the guest's driver has
+    /// let it go, [`Attached::sweep`].
+    places: BTreeMap<(OwnerId, String), usize>,
     /// For the names of the next device's threads.
     next: u16,
 }
@@ -74,6 +76,7 @@ impl Attached {
     pub fn carry_out(
         &mut self,
         machine: &Machine,
+        owner: OwnerId,
         received: Received,
     ) -> Result<VmEvent, VmCommand> {
         let Received {
@@ -83,24 +86,24 @@ impl Attached {
         let (id, device) = match command {
             VmCommand::AttachNetwork { id, mac, mtu } => {
                 let device = self
-                    .check(&id)
+                    .check(owner, &id)
                     .and_then(|()| self.interface(&mac, mtu, descriptors));
                 (id, device)
             }
             VmCommand::AttachDisk { id, read_only } => {
                 let device = self
-                    .check(&id)
+                    .check(owner, &id)
                     .and_then(|()| self.disk(&id, read_only, descriptors));
                 (id, device)
             }
-            VmCommand::Detach { id } => return Ok(self.detach(machine, id)),
+            VmCommand::Detach { id } => return Ok(self.detach(machine, owner, id)),
             command @ (VmCommand::Go | VmCommand::Stop) => return Err(command),
         };
         let place = device.and_then(|device| Ok(machine.attach(device)?));
         Ok(match place {
             Ok(place) => {
                 info!(id, place, "a device was attached");
-                self.places.insert(id.clone(), place);
+                self.places.insert((owner, id.clone()), place);
                 VmEvent::Attached {
                     id,
                     // The guest's kernel counts them in the order of its command line.
@@ -147,8 +150,8 @@ impl Attached {
         index
     }
 
-    fn detach(&mut self, machine: &Machine, id: String) -> VmEvent {
-        match self.places.remove(&id) {
+    fn detach(&mut self, machine: &Machine, owner: OwnerId, id: String) -> VmEvent {
+        match self.places.remove(&(owner, id.clone())) {
             Some(place) => {
                 if let Err(error) = machine.detach(place) {
                     // The device is gone all the same.
@@ -161,12 +164,24 @@ impl Attached {
         VmEvent::Detached { id }
     }
 
-    fn check(&self, id: &str) -> Result<(), AttachError> {
+    /// Takes away what was left by owners who have gone, as far as the guest does not use it.
+    pub fn sweep(&mut self, machine: &Machine, owners: &Owners) {
+        let left = self
+            .places
+            .iter()
+            .filter(|((owner, _), place)| !owners.contains(*owner) && !machine.is_in_use(**place));
+        let left: Vec<_> = left.map(|(key, _)| key.clone()).collect();
+        for (owner, id) in left {
+            self.detach(machine, owner, id);
+        }
+    }
+
+    fn check(&self, owner: OwnerId, id: &str) -> Result<(), AttachError> {
         let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
         if id.is_empty() || id.len() > LONGEST_ID || !id.bytes().all(good) {
             return Err(AttachError::Id(id.to_owned()));
         }
-        if self.places.contains_key(id) {
+        if self.places.contains_key(&(owner, id.to_owned())) {
             return Err(AttachError::Taken(id.to_owned()));
         }
         Ok(())
@@ -183,17 +198,19 @@ mod tests {
     #[test]
     fn names() {
         let mut attached = Attached::after(1);
+        let (one, other) = (OwnerId::of(0), OwnerId::of(1));
         let long = "x".repeat(LONGEST_ID);
         for good in ["eth0", "a.b_c:d-e", long.as_str()] {
-            attached.check(good).expect(good);
+            attached.check(one, good).expect(good);
         }
         let longer = "x".repeat(LONGEST_ID + 1);
         for bad in ["", "a b", "a/b", "a\n", "é", "\0", longer.as_str()] {
-            assert!(matches!(attached.check(bad), Err(AttachError::Id(_))));
+            assert!(matches!(attached.check(one, bad), Err(AttachError::Id(_))));
         }
-        attached.places.insert("eth0".into(), 4);
-        let error = attached.check("eth0").expect_err("taken");
+        attached.places.insert((one, "eth0".into()), 4);
+        let error = attached.check(one, "eth0").expect_err("taken");
         assert!(matches!(error, AttachError::Taken(_)));
+        attached.check(other, "eth0").expect("another owner's");
     }
 
     #[test]

@@ -5,12 +5,27 @@
 //! a line of JSON each. When the socket's other end closes, the VM ends: the process that holds it
 //! owns the VM. Standard error carries the log; paths are resolved before the jail is entered.
 //!
+//! Others may come to own the VM, too: who connects to [`CONTROL`] beside the vsock socket gets
+//! [`VmEvent::Joined`] and may then write commands as the first one does. Answers go to the one who
+//! has asked; the end of the VM is told to all. The VM ends when the last of them has gone. Devices of
+//! one who has gone go when the guest has let them go.
+//!
+//! What a later owner wants to share goes into the share's tree from outside: the runtime enters the
+//! mount namespace of the VM's process, where the tree is at [`SHARE`], and mounts it there. No
+//! process of the VM has the right to mount anything.
+//!
 //! A command that needs file descriptors brings them as ancillary data (SCM_RIGHTS) of the one
 //! `sendmsg` that carries its whole line. They are the VMM's from then on.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+/// Name of the socket where others join the owner of the VM, in the directory of the vsock sockets.
+pub const CONTROL: &str = "control.sock";
+/// Where the share's tree is in the VM's mount namespace. The root there is a tmpfs, mounted
+/// read-only, in which mount points can be made through another mount of it.
+pub const SHARE: &str = "/share";
 
 /// A virtual machine to be made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -141,6 +156,10 @@ pub enum VmEvent {
         /// As in the command.
         id: String,
     },
+    /// The first thing that somebody hears who has joined: the VM lives as long as this connection.
+    Joined,
+    /// The VM was not ended: it has other owners.
+    Shared,
 }
 
 /// What the VMM is told.
@@ -149,7 +168,8 @@ pub enum VmEvent {
 pub enum VmCommand {
     /// Answer to [`VmEvent::Forked`].
     Go,
-    /// End the VM now.
+    /// End the VM now, unless it has other owners: then [`VmEvent::Shared`] answers, and nothing has
+    /// happened.
     Stop,
     /// Puts a network interface at a free place; [`VmEvent::Attached`] or
     /// [`VmEvent::AttachFailed`] answers. Brings one descriptor for each pair of queues, all of one
@@ -157,7 +177,7 @@ pub enum VmCommand {
     /// VMM sets the size of its packets' headers and its offloads.
     AttachNetwork {
         /// The runtime's name for it: 1 to 64 of `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_`, `:`, `-`, that
-        /// no other attached device has.
+        /// no other device has that this owner has attached.
         id: String,
         /// The interface's address, `02:00:00:00:00:01`, that of one station.
         mac: String,

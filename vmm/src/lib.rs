@@ -26,6 +26,8 @@ pub mod monitor;
 #[cfg(feature = "monitor")]
 pub mod opened;
 #[cfg(feature = "monitor")]
+pub mod owners;
+#[cfg(feature = "monitor")]
 pub mod probe;
 #[cfg(feature = "monitor")]
 mod sys;

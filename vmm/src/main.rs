@@ -11,6 +11,7 @@ use bulkhead_vmm::config::VmEvent;
 use bulkhead_vmm::control::Control;
 use bulkhead_vmm::failure::Chain;
 use bulkhead_vmm::monitor::{self, End};
+use bulkhead_vmm::owners::Owners;
 use tracing::level_filters::LevelFilter;
 
 fn main() -> ExitCode {
@@ -46,14 +47,14 @@ fn run(started: u64) -> ExitCode {
         return ExitCode::from(2);
     }
     start_log();
-    let mut control = match Control::from_stdin() {
-        Ok(control) => control,
+    let mut owners = match Control::from_stdin() {
+        Ok(control) => Owners::new(control),
         Err(error) => {
             eprintln!("bulkhead-vmm: {}", Chain(&error));
             return ExitCode::from(2);
         }
     };
-    let (event, code) = match monitor::run(&mut control, started) {
+    let (event, code) = match monitor::run(&mut owners, started) {
         Ok(End::HandedOver | End::Stopped) => (None, 0),
         Ok(End::Exited) => (Some(VmEvent::Exited), 0),
         Err(error) => {
@@ -62,10 +63,8 @@ fn run(started: u64) -> ExitCode {
             (Some(VmEvent::Failed { message }), 1)
         }
     };
-    if let Some(event) = event
-        && let Err(error) = control.send(&event)
-    {
-        tracing::warn!(error = %Chain(&error), "cannot report the end of the VM");
+    if let Some(event) = event {
+        owners.announce(&event);
     }
     // At once, with all threads as they are: the guest is of no interest any more.
     std::process::exit(code)

@@ -2,6 +2,7 @@
 //! enter the jail, put the machine together, run it until it ends or is ended.
 
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -12,11 +13,12 @@ use tracing::{debug, info};
 use crate::attached::Attached;
 use crate::boot::command_line;
 use crate::config::{Timeline, VmCommand, VmConfig, VmEvent};
-use crate::control::{Control, ControlError};
+use crate::control::ControlError;
 use crate::jail::{self, Contents, JailError};
 use crate::kvm::exits::Ending;
 use crate::machine::{Assembly, Machine, MachineError};
 use crate::opened::{OpenError, Opened, Sockets};
+use crate::owners::Owners;
 use crate::sys;
 use crate::virtio::blk::Block;
 use crate::virtio::fs::{self, Filesystem, FilesystemError, Share};
@@ -64,8 +66,9 @@ pub enum End {
     Exited,
 }
 
-/// Runs the VM that the control socket describes. `started_us` is when the program began.
-pub fn run(control: &mut Control, started_us: u64) -> Result<End, MonitorError> {
+/// Runs the VM that its owner describes. `started_us` is when the program began.
+pub fn run(owners: &mut Owners, started_us: u64) -> Result<End, MonitorError> {
+    let control = owners.starter();
     let mut timeline = Timeline {
         started_us,
         ..Timeline::default()
@@ -83,21 +86,25 @@ pub fn run(control: &mut Control, started_us: u64) -> Result<End, MonitorError> 
         return Ok(End::Stopped);
     }
     timeline.released_us = now_us();
-    let machine = build(&config, opened, &mut timeline)?;
+    let (machine, listener) = build(&config, opened, &mut timeline)?;
     machine.run()?;
     timeline.running_us = now_us();
     info!(?timeline, "the guest runs");
     control.send(&VmEvent::Running { timeline })?;
+    if let Some(listener) = listener {
+        let failed = |error| MonitorError::Process("listen at the control socket", error);
+        owners.listen(listener).map_err(failed)?;
+    }
     let attached = Attached::after(config.disks.len());
-    wait(control, &machine, attached)
+    wait(owners, &machine, attached)
 }
 
-/// Enters the jail and puts the machine together.
+/// Enters the jail and puts the machine together. Gives the socket where others join the owner.
 fn build(
     config: &VmConfig,
     opened: Opened,
     timeline: &mut Timeline,
-) -> Result<Machine, MonitorError> {
+) -> Result<(Machine, Option<UnixListener>), MonitorError> {
     let Opened {
         kvm,
         kernel,
@@ -107,13 +114,14 @@ fn build(
         sockets,
         network,
     } = opened;
-    let (sockets, mount) = match sockets {
+    let (sockets, control, mount) = match sockets {
         Some(Sockets {
             guest_cid,
             listener,
+            control,
             mount,
-        }) => (Some((guest_cid, listener)), Some(mount)),
-        None => (None, None),
+        }) => (Some((guest_cid, listener)), Some(control), Some(mount)),
+        None => (None, None, None),
     };
     fs::raise_open_files()
         .map_err(|error| MonitorError::Process("raise the limit on open files", error))?;
@@ -152,46 +160,50 @@ fn build(
     debug!(command_line);
     let machine = assembly.boot(&kernel, &command_line)?;
     timeline.loaded_us = now_us();
-    Ok(machine)
+    Ok((machine, control))
 }
 
 /// Does as it is told until the end, from either side.
 fn wait(
-    control: &mut Control,
+    owners: &mut Owners,
     machine: &Machine,
     mut attached: Attached,
 ) -> Result<End, MonitorError> {
     let failed = |error: Errno| MonitorError::Process("wait for events", error.into());
     loop {
         // What came together with an earlier line is here already.
-        while let Some(received) = control.next_command()? {
-            match attached.carry_out(machine, received) {
-                Ok(event) => control.send(&event)?,
-                Err(VmCommand::Stop) => return Ok(End::Stopped),
-                Err(command) => return Err(ControlError::Unexpected(command).into()),
+        while let Some((owner, received)) = owners.next_command()? {
+            match attached.carry_out(machine, owner, received) {
+                Ok(event) => owners.answer(owner, &event)?,
+                Err(VmCommand::Stop) if owners.is_last(owner) => return Ok(End::Stopped),
+                Err(VmCommand::Stop) => owners.answer(owner, &VmEvent::Shared)?,
+                Err(command) => owners.part(owner, ControlError::Unexpected(command))?,
             }
         }
+        attached.sweep(machine, owners);
         let ending = sys::event_fd(machine.ending().event());
-        let mut events = [
-            PollFd::new(control, PollFlags::IN),
-            PollFd::from_borrowed_fd(ending, PollFlags::IN),
-        ];
+        let mut events: Vec<_> = std::iter::once(ending)
+            .chain(owners.descriptors())
+            .map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN))
+            .collect();
         match poll(&mut events, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(failed(error)),
         }
-        let readable = !events[0].revents().is_empty();
+        let readable: Vec<bool> = events
+            .iter()
+            .skip(1)
+            .map(|event| !event.revents().is_empty())
+            .collect();
         match machine.ending().get() {
             None => {}
             Some(Ending::Reset) => return Ok(End::Exited),
             Some(Ending::Broken(what)) => return Err(MonitorError::Broken(what)),
         }
-        if readable {
-            match control.fill() {
-                Ok(()) => {}
-                Err(ControlError::Closed) => return Ok(End::Stopped),
-                Err(error) => return Err(error.into()),
-            }
+        match owners.serve(&readable) {
+            Ok(()) => {}
+            Err(ControlError::Closed) => return Ok(End::Stopped),
+            Err(error) => return Err(error.into()),
         }
     }
 }

@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::boot::kernel::{Kernel, KernelError};
-use crate::config::{DiskConfig, VmConfig, VsockConfig};
+use crate::config::{CONTROL, DiskConfig, VmConfig, VsockConfig};
 use crate::jail::JailError;
 use crate::jail::share::{self, ShareTree};
 use crate::kvm::{self, KvmError};
@@ -55,6 +55,8 @@ pub struct Sockets {
     pub guest_cid: u64,
     /// Bound to `vsock.sock`.
     pub listener: UnixListener,
+    /// Bound to `control.sock`.
+    pub control: UnixListener,
     /// The directory as a detached mount.
     pub mount: OwnedFd,
 }
@@ -169,20 +171,27 @@ fn open_sockets(vsock: &VsockConfig) -> Result<Sockets, OpenError> {
         Mode::empty(),
     )
     .map_err(failed("the directory of the sandbox's sockets", directory))?;
-    // A socket's path has 107 bytes at most, so the directory goes by its number.
-    let path = format!("/proc/self/fd/{}/{LISTENER_NAME}", fd.as_raw_fd());
     let previous = rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    let bound = UnixListener::bind(path);
+    let bound = bind(directory, &fd, LISTENER_NAME)
+        .and_then(|listener| Ok((listener, bind(directory, &fd, CONTROL)?)));
     rustix::process::umask(previous);
-    let listener = bound.map_err(|source| OpenError::File {
-        what: "the sandbox's socket",
-        path: directory.join(LISTENER_NAME),
-        source,
-    })?;
+    let (listener, control) = bound?;
     let mount = share::detached(directory, false)?;
     Ok(Sockets {
         guest_cid: vsock.guest_cid,
         listener,
+        control,
         mount,
+    })
+}
+
+/// Listens at a name in a directory. A socket's path has 107 bytes at most, so the directory goes by
+/// its number.
+fn bind(directory: &Path, fd: &OwnedFd, name: &str) -> Result<UnixListener, OpenError> {
+    let path = format!("/proc/self/fd/{}/{name}", fd.as_raw_fd());
+    UnixListener::bind(path).map_err(|source| OpenError::File {
+        what: "the sandbox's socket",
+        path: directory.join(name),
+        source,
     })
 }

@@ -61,6 +61,12 @@ impl Init<'_> {
         self.become_root_of_user_namespace()?;
         self.enter_namespaces()?;
         self.leave_mounts_of_guest()?;
+        let proc = self.proc;
+        self.prepared.join(self.plan, || {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            fs::openat(proc, "self/ns/mnt", flags, Mode::empty())
+                .or_cannot(|| "open the container's mount namespace")
+        })?;
         let share = open_directory(self.share)?;
         let (rootfs, mounts) = self.set_up_rootfs(share.as_fd())?;
         let process = &self.plan.process;

@@ -53,9 +53,13 @@ impl Namespaces {
     }
 }
 
-/// Containers whose namespaces another one joins.
+/// Containers whose namespaces another one joins, or what they have mounted somewhere.
 #[derive(Debug, Default)]
-pub(crate) struct Others(Vec<(Kind, Arc<Container>)>);
+pub(crate) struct Others {
+    namespaces: Vec<(Kind, Arc<Container>)>,
+    /// By index in the spec's mounts.
+    mounts: HashMap<usize, Arc<Container>>,
+}
 
 /// A kind of namespace that can be joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,11 +103,20 @@ pub(super) struct Entry<'a> {
 }
 
 impl Others {
-    /// Finds the containers by the request's `join_namespaces`.
+    /// Finds the containers by the request's `join_namespaces` and `join_mounts`.
     pub(crate) fn find(
         wanted: &HashMap<String, String>,
+        mounts: &HashMap<u32, String>,
         container: impl Fn(&str) -> Result<Arc<Container>>,
     ) -> Result<Self> {
+        let living = |field: &str, id: &str| {
+            let other = container(id).map_err(|error| Error::invalid(field, error.chain()))?;
+            if other.init.has_ended() {
+                let text = format!("{field}: it has stopped; start it again first");
+                return Err(Error::new(ErrorKind::WrongState, text));
+            }
+            Ok(other)
+        };
         let mut found = Vec::with_capacity(wanted.len());
         for (name, id) in wanted {
             let Some(kind) = KINDS.into_iter().find(|kind| kind.name == name) else {
@@ -113,21 +126,30 @@ impl Others {
                 return Err(Error::unsupported("linux.namespaces", reason));
             };
             let field = format!("linux.namespaces: the {name} namespace of container {id}");
-            let other = container(id).map_err(|error| Error::invalid(&field, error.chain()))?;
-            if other.init.has_ended() {
-                let text = format!("{field}: it has stopped; start it again first");
-                return Err(Error::new(ErrorKind::WrongState, text));
-            }
-            found.push((kind, other));
+            found.push((kind, living(&field, id)?));
+        }
+        let mut of_mounts = HashMap::with_capacity(mounts.len());
+        for (index, id) in mounts {
+            let field = format!("mounts[{index}]: that of container {id}");
+            let other = living(&field, id)?;
+            of_mounts.extend(usize::try_from(*index).ok().map(|index| (index, other)));
         }
         // In the order in which they are entered.
         found.sort_by_key(|(kind, _)| KINDS.iter().position(|other| other == kind));
-        Ok(Self(found))
+        Ok(Self {
+            namespaces: found,
+            mounts: of_mounts,
+        })
+    }
+
+    /// The container whose mount this one of the spec is to be.
+    pub(super) fn of_mount(&self, index: usize) -> Option<&Arc<Container>> {
+        self.mounts.get(&index)
     }
 
     /// The container whose network is joined.
     pub(super) fn network_of(&self) -> Option<&Arc<Container>> {
-        let mut others = self.0.iter();
+        let mut others = self.namespaces.iter();
         others.find_map(|(kind, other)| (kind.flag == libc::CLONE_NEWNET).then_some(other))
     }
 
@@ -138,13 +160,16 @@ impl Others {
 
     /// CLONE_NEW* of all of them.
     fn flags(&self) -> u64 {
-        let flags = self.0.iter().map(|(kind, _)| kind.flag.unsigned_abs());
+        let flags = self
+            .namespaces
+            .iter()
+            .map(|(kind, _)| kind.flag.unsigned_abs());
         flags.fold(0, |flags, flag| flags | u64::from(flag))
     }
 
     /// What is to be entered, in order.
     pub(super) fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
-        self.0.iter().map(|(kind, of)| Entry {
+        self.namespaces.iter().map(|(kind, of)| Entry {
             file: match kind.name {
                 "network" => "net",
                 name => name,

@@ -143,6 +143,7 @@ pub(super) fn plan(
             spec.mounts().as_deref().unwrap_or_default(),
             &request.bind_sources,
             &request.block_mounts,
+            &request.join_mounts,
             namespaces.has(libc::CLONE_NEWUSER),
         )?,
         devices: devices::plan(linux.devices().as_deref().unwrap_or_default())?,

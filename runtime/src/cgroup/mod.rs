@@ -281,6 +281,15 @@ impl Cgroup {
         found
     }
 
+    /// Whether a process is in the cgroup, of any hierarchy.
+    pub fn holds(&self, pid: u32) -> bool {
+        let pid = pid.to_string();
+        self.places.iter().any(|(_, place)| {
+            let processes = fs::read_to_string(place.join("cgroup.procs"));
+            processes.is_ok_and(|processes| processes.lines().any(|line| line == pid))
+        })
+    }
+
     /// Puts a process into the cgroup.
     pub fn place(&self, pid: u32) -> Result<(), CgroupError> {
         for (_, place) in &self.places {

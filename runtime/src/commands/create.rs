@@ -9,6 +9,7 @@ use crate::{
     guest_size::{self, GuestSize, Host},
     lifecycle,
     monitor::{self, ContainerOrder, Order},
+    pod::{self, Joined},
     spec::{
         Labels, Loaded,
         check::{self, Checked},
@@ -44,6 +45,7 @@ pub(super) struct Plan {
     pub(super) loaded: Loaded,
     pub(super) checked: Checked,
     guest: GuestSize,
+    joined: Option<Joined>,
 }
 
 /// Reads and judges the configuration.
@@ -66,11 +68,19 @@ pub(super) fn prepare(context: &Context, options: &Create) -> Result<Plan, Error
         &options.id,
         context.cgroup_driver(),
     )?;
-    let guest = guest_size::of(&loaded.spec, &context.config, Host::this())?;
+    let joined = pod::find(&context.root, &checked.paths)?;
+    let guest = match &joined {
+        Some(joined) => {
+            joined.judge(&loaded.spec)?;
+            joined.guest
+        }
+        None => guest_size::of(&loaded.spec, &context.config, Host::this())?,
+    };
     Ok(Plan {
         loaded,
         checked,
         guest,
+        joined,
     })
 }
 
@@ -144,6 +154,7 @@ pub(super) fn order(
         guest: plan.guest,
         spare_places: context.config.guest.spare_places,
         cgroup_driver: context.cgroup_driver(),
+        joined: plan.joined.clone(),
     })
 }
 

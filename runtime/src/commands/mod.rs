@@ -38,6 +38,7 @@ use crate::{
     lifecycle::DestroyError,
     log::LogFormat,
     monitor::{HandoverError, LaunchError, ViewError},
+    pod::PodError,
     signal::UnknownSignal,
     spec::{LabelError, SpecError, UnknownProperties},
     state::{Container, ContainerStatus, Record, StateError, StateRoot},
@@ -77,6 +78,8 @@ pub enum Error {
     Size(#[from] SizeError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Pod(#[from] PodError),
     #[error("exec failed")]
     Exec(#[source] Box<Error>),
     #[error("{0}")]

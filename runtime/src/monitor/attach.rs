@@ -101,6 +101,8 @@ impl Attached {
         let request = WaitProcessRequest {
             container_id: container_id.to_owned(),
             exec_id: exec_id.to_owned(),
+            // A VM may go on without us.
+            stands_for_container: exec_id.is_empty(),
             ..Default::default()
         };
         let wait = rpc.send("WaitProcess", &request)?;

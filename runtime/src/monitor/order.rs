@@ -10,7 +10,7 @@ use bulkhead_vmm::config::{DiskConfig, ShareConfig, VmConfig, VsockConfig};
 use serde::{Deserialize, Serialize};
 
 use super::launch::LaunchError;
-use crate::{cgroup::Driver, guest_size::GuestSize, share::Share, state::SOCKETS};
+use crate::{cgroup::Driver, guest_size::GuestSize, pod::Joined, share::Share, state::SOCKETS};
 
 /// The program that the guest's kernel starts.
 const INIT: &str = "/sbin/bulkhead-agent";
@@ -47,6 +47,8 @@ pub struct ContainerOrder {
     pub spare_places: u8,
     /// What form `linux.cgroupsPath` has.
     pub cgroup_driver: Driver,
+    /// The VM that it joins, if it gets none of its own.
+    pub joined: Option<Joined>,
 }
 
 impl ContainerOrder {

@@ -5,23 +5,36 @@ use std::{os::fd::BorrowedFd, path::PathBuf, time::Duration};
 
 use bulkhead_agent_protocol::messages::{Empty, RemoveContainerRequest, StartContainerRequest};
 
+use thiserror::Error;
+
 use super::{
     StandIn, View, ViewError,
     attach::{Attached, Owned},
+    launch::Wiring,
 };
 use crate::{
     agent::{self, AgentError, rpc::RpcError},
     cgroup::{Cgroup, CgroupError},
-    network::Network,
+    network::NetworkError,
+    pod::{self, LeaveError},
     state::{Container, Event, StateError},
     stdio::Signals,
     timeline::{Moment, Timeline},
-    vm::Vm,
+    vm::{Stop, Vm},
     wait::Deadline,
 };
 
 /// For writing out what a container has on disks: as long as a slow disk may need.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
+
+/// The container could not be taken out of a VM that goes on.
+#[derive(Debug, Error)]
+#[error(transparent)]
+enum LeaveFailure {
+    State(StateError),
+    Leave(LeaveError),
+    Network(NetworkError),
+}
 
 /// A container whose process waits to be let run, or runs.
 pub struct Sandbox<'a> {
@@ -33,7 +46,7 @@ pub struct Sandbox<'a> {
     pub(super) cgroup: Cgroup,
     pub(super) has_disks: bool,
     pub(super) view: View,
-    pub(super) network: Option<Network<'a>>,
+    pub(super) network: Wiring<'a>,
 }
 
 impl Sandbox<'_> {
@@ -73,7 +86,7 @@ impl Sandbox<'_> {
 
     /// The host's network namespace, if this process has left it.
     pub fn home(&self) -> Option<BorrowedFd<'_>> {
-        self.network.as_ref().map(Network::home)
+        self.network.home()
     }
 
     /// Has the guest write out and unmount what the container has on disks.
@@ -89,11 +102,30 @@ impl Sandbox<'_> {
         Ok(())
     }
 
+    /// The VM goes on for others: nothing of this container is to be left in it.
+    fn leave(&mut self) {
+        let left = self.container.record().map_err(LeaveFailure::State);
+        let left = left.and_then(|record| {
+            pod::leave(self.container, &record).map_err(LeaveFailure::Leave)?;
+            if let Some(network) = self.network.own() {
+                network
+                    .detach(&mut *self.vm)
+                    .map_err(LeaveFailure::Network)?;
+            }
+            Ok(())
+        });
+        match left {
+            Ok(())
+            | Err(LeaveFailure::State(StateError::Missing(_) | StateError::Incomplete(_))) => {}
+            Err(error) => tracing::error!("{}", crate::error::chain(&error)),
+        }
+    }
+
     /// Stands for the container's process until it has ended, then takes the VM down.
     pub fn supervise(mut self, signals: &mut Signals) -> Ended {
         let owned = Owned {
             vm: &mut *self.vm,
-            network: self.network.as_mut(),
+            network: self.network.own(),
         };
         let status = self
             .process
@@ -109,8 +141,10 @@ impl Sandbox<'_> {
             let error = crate::error::chain(&error);
             tracing::warn!("the container's disks are left as by a power failure: {error}");
         }
-        if let Err(error) = self.vm.stop() {
-            tracing::error!("{}", crate::error::chain(&error));
+        match self.vm.stop() {
+            Ok(Stop::Ended) => {}
+            Ok(Stop::Shared) => self.leave(),
+            Err(error) => tracing::error!("{}", crate::error::chain(&error)),
         }
         Ended {
             status,

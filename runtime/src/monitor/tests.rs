@@ -93,6 +93,7 @@ fn scene() -> Scene {
         },
         spare_places: 0,
         cgroup_driver: Driver::Cgroupfs,
+        joined: None,
     };
     let signals = Signals::catch().unwrap();
     Scene {

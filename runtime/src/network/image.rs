@@ -302,6 +302,18 @@ impl<'a> Network<'a> {
         Ok(())
     }
 
+    /// Has the VMM let all interfaces go, which the agent has done before: for a VM that goes on
+    /// without this container. Nobody waits until it is done.
+    pub fn detach(&mut self, vm: &mut dyn Vm) -> Result<(), NetworkError> {
+        for interface in &self.interfaces {
+            if matches!(interface.stage, Stage::Attached(_) | Stage::Leaving(_)) {
+                let id = interface.id.clone();
+                vm.command(VmCommand::Detach { id })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Ends as a process that is killed does.
     #[cfg(test)]
     pub(super) fn abandon(mut self) {

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use image::Network;
-pub use namespace::{NamespaceError, open};
+pub use namespace::{Joined, NamespaceError, open};
 pub use netlink::NetlinkError;
 pub use redirect::Tie;
 pub use scan::Unfit;

@@ -78,6 +78,30 @@ pub enum NamespaceError {
     Make(&'static str, #[source] io::Error),
 }
 
+/// Another container's network namespace, which the thread is in; its interfaces are that one's
+/// affair.
+#[derive(Debug)]
+pub struct Joined(Stay);
+
+impl Joined {
+    /// Enters the namespace at a path.
+    pub fn enter(path: &Path) -> Result<Self, NamespaceError> {
+        Ok(Self(Stay::enter(path, open(path)?.as_fd())?))
+    }
+
+    /// Takes the thread that calls what is returned to the namespace, for good.
+    pub fn enter_too(
+        &self,
+    ) -> Result<impl FnOnce() -> Result<(), NamespaceError> + Send + 'static, NamespaceError> {
+        enter_too()
+    }
+
+    /// The namespace that the thread came from: the host's.
+    pub fn home(&self) -> BorrowedFd<'_> {
+        self.0.home.as_fd()
+    }
+}
+
 /// Which namespace: device and inode number of nsfs mean it for as long as it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Identity {
@@ -144,7 +168,7 @@ fn setns(namespace: BorrowedFd<'_>) -> rustix::io::Result<()> {
 
 /// The calling thread is in another network namespace while this exists; dropping it returns.
 #[derive(Debug)]
-struct Stay {
+pub(super) struct Stay {
     home: OwnedFd,
     /// A namespace is a thread's: the guard stays on it.
     thread: PhantomData<Rc<()>>,
@@ -193,6 +217,16 @@ impl Drop for Stay {
             tracing::error!("cannot return to the host's network namespace: {errno}");
         }
     }
+}
+
+/// What takes a thread to the namespace that this one is in.
+fn enter_too()
+-> Result<impl FnOnce() -> Result<(), NamespaceError> + Send + 'static, NamespaceError> {
+    let here = Stay::home()?;
+    Ok(move || {
+        setns(here.as_fd())
+            .map_err(|errno| NamespaceError::Make("stay in the network namespace", errno.into()))
+    })
 }
 
 /// A namespace that this sandbox holds, and that the thread is in.
@@ -252,12 +286,7 @@ impl Namespace {
     pub(super) fn enter_too(
         &self,
     ) -> Result<impl FnOnce() -> Result<(), NamespaceError> + Send + 'static, NamespaceError> {
-        let here = Stay::home()?;
-        Ok(move || {
-            setns(here.as_fd()).map_err(|errno| {
-                NamespaceError::Make("stay in the network namespace", errno.into())
-            })
-        })
+        enter_too()
     }
 
     /// The namespace that the thread came from: the host's.

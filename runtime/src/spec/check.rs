@@ -35,6 +35,20 @@ pub struct Checked {
     pub cgroups_path: Option<PathBuf>,
     /// The host's network namespace whose interfaces the container gets; `None` for an empty one.
     pub network: Option<PathBuf>,
+    /// Every namespace that is named by a path, that of the network included: perhaps those of
+    /// another container.
+    pub paths: Vec<NamespacePath>,
+}
+
+/// A namespace that exists, by `linux.namespaces[].path`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespacePath {
+    /// The field, for errors.
+    pub field: String,
+    /// Its type.
+    pub kind: LinuxNamespaceType,
+    /// Where it is.
+    pub path: PathBuf,
 }
 
 /// Judges a configuration.
@@ -70,7 +84,11 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
     if let Some(hooks) = spec.hooks() {
         crate::hooks::check(hooks)?;
     }
-    let network = namespaces(linux)?;
+    let paths = namespaces(linux)?;
+    let network = paths
+        .iter()
+        .rfind(|path| path.kind == LinuxNamespaceType::Network)
+        .map(|path| path.path.clone());
     if let Some(resources) = linux.resources() {
         refuse_resources(resources)?;
     }
@@ -101,6 +119,7 @@ pub fn check(loaded: &Loaded) -> Result<Checked, SpecError> {
         terminal: process.terminal().unwrap_or(false),
         cgroups_path: linux.cgroups_path().clone(),
         network,
+        paths,
     })
 }
 
@@ -129,9 +148,9 @@ fn version(version: &str) -> Result<(), SpecError> {
 }
 
 /// runtime-spec, config-linux "Namespaces": an entry without a path is a new namespace, a missing
-/// one means the runtime's own, which for a guest is out of reach. Returns the path of the network
-/// namespace.
-fn namespaces(linux: &Linux) -> Result<Option<PathBuf>, SpecError> {
+/// one means the runtime's own, which for a guest is out of reach. Returns the paths; whether
+/// they are other containers' is not judged here.
+fn namespaces(linux: &Linux) -> Result<Vec<NamespacePath>, SpecError> {
     const NEEDED: [(LinuxNamespaceType, &str); 4] = [
         (LinuxNamespaceType::Network, "network"),
         (LinuxNamespaceType::Pid, "pid"),
@@ -140,7 +159,7 @@ fn namespaces(linux: &Linux) -> Result<Option<PathBuf>, SpecError> {
     ];
     let empty = Vec::new();
     let namespaces = linux.namespaces().as_ref().unwrap_or(&empty);
-    let mut network = None;
+    let mut paths = Vec::new();
     for (index, namespace) in namespaces.iter().enumerate() {
         let Some(path) = namespace
             .path()
@@ -150,20 +169,17 @@ fn namespaces(linux: &Linux) -> Result<Option<PathBuf>, SpecError> {
             continue;
         };
         let field = format!("linux.namespaces[{index}].path");
-        let typ = namespace.typ();
-        if typ != LinuxNamespaceType::Network {
-            return Err(unsupported(
-                field,
-                format!(
-                    "a container in a virtual machine cannot join the host's {typ:?} namespace {}; \
-                     leave the path out for one of its own",
-                    path.display()
-                ),
-            ));
+        let kind = namespace.typ();
+        if kind == LinuxNamespaceType::Network {
+            // Judged before anything is made; entered by the monitor, which judges again.
+            crate::network::open(path)
+                .map_err(|error| invalid(&*field, crate::error::chain(&error)))?;
         }
-        // Judged before anything is made; entered by the monitor, which judges again.
-        crate::network::open(path).map_err(|error| invalid(field, crate::error::chain(&error)))?;
-        network = Some(path.clone());
+        paths.push(NamespacePath {
+            field,
+            kind,
+            path: path.clone(),
+        });
     }
     for (typ, name) in NEEDED {
         if !namespaces.iter().any(|namespace| namespace.typ() == typ) {
@@ -176,7 +192,7 @@ fn namespaces(linux: &Linux) -> Result<Option<PathBuf>, SpecError> {
             ));
         }
     }
-    Ok(network)
+    Ok(paths)
 }
 
 /// The sizes of huge pages that a kernel has, as cgroup files name them: "2MB".
@@ -317,11 +333,6 @@ mod tests {
             ("/root/path", json!("nowhere"), "root.path"),
             ("/root/path", json!(""), "root.path"),
             ("/linux", Value::Null, "linux"),
-            (
-                "/linux/namespaces/0",
-                json!({"type": "pid", "path": "/proc/1/ns/pid"}),
-                "[0].path",
-            ),
             (
                 "/linux/namespaces/1",
                 json!({"type": "network", "path": "/run/n"}),

@@ -209,6 +209,11 @@ impl Container {
         &self.path
     }
 
+    /// The directory of all containers.
+    pub fn root(&self) -> StateRoot {
+        StateRoot::new(self.path.parent().unwrap_or(&self.path))
+    }
+
     /// Its directory, open.
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()

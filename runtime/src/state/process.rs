@@ -94,6 +94,12 @@ impl LiveProcess {
     }
 }
 
+impl From<LiveProcess> for OwnedFd {
+    fn from(process: LiveProcess) -> Self {
+        process.descriptor
+    }
+}
+
 impl AsFd for LiveProcess {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()

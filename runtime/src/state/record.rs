@@ -42,6 +42,15 @@ pub struct Record {
     pub cgroups: Vec<PathBuf>,
     /// The container's own among them, one a hierarchy.
     pub cgroup: Vec<PathBuf>,
+    /// The container whose VM it is in, unless the VM was made for this one.
+    #[serde(default)]
+    pub sandbox: Option<String>,
+    /// Whether other containers have joined its VM, ever.
+    #[serde(default)]
+    pub shared: bool,
+    /// The engine's tmpfs on the host, canonical, in whose place it has a /dev/shm in the guest.
+    #[serde(default)]
+    pub shared_memory: Option<PathBuf>,
     /// What the monitor has changed in a network namespace that is not its own.
     #[serde(default)]
     pub network: Option<Traces>,
@@ -67,9 +76,22 @@ pub struct View {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
     pub owner: String,
+    /// The container whose virtual machine it is in, if that is not its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<String>,
 }
 
 impl Record {
+    /// The container that its VM was made for.
+    pub fn sandbox(&self) -> &str {
+        self.sandbox.as_ref().unwrap_or(&self.id)
+    }
+
+    /// Whether there are, or were, other containers in its VM.
+    pub fn is_shared(&self) -> bool {
+        self.shared || self.sandbox.is_some()
+    }
+
     /// A container that its creator begins to make.
     pub fn new(id: &str, bundle: &Path, oci_version: &str, creator: ProcessIdentity) -> Self {
         Self {
@@ -86,6 +108,9 @@ impl Record {
             vmm: None,
             cgroups: Vec::new(),
             cgroup: Vec::new(),
+            sandbox: None,
+            shared: false,
+            shared_memory: None,
             network: None,
             guest: GuestSize::default(),
             exit_status: None,
@@ -128,6 +153,7 @@ impl Record {
             created: self.created.clone(),
             annotations: self.annotations.clone(),
             owner: self.owner.clone(),
+            sandbox: self.sandbox.clone(),
         }
     }
 }

@@ -23,7 +23,7 @@ use bulkhead_vmm::config::{self, VmCommand, VmConfig, VmEvent};
 use protobuf::Message;
 use ttrpc::proto::{Code, MESSAGE_HEADER_LENGTH, MessageHeader, Request, Response, Status};
 
-use super::{Vm, VmError};
+use super::{Stop, Vm, VmError};
 
 /// What the fake's guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,9 +132,9 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn stop(&mut self) -> Result<Stop, VmError> {
         self.theirs = None;
-        Ok(())
+        Ok(Stop::Ended)
     }
 }
 

@@ -76,6 +76,16 @@ pub trait Vm {
         self.command_with(command, &[])
     }
 
-    /// Ends the VM; when this returns no process of it is left.
-    fn stop(&mut self) -> Result<(), VmError>;
+    /// Ends the VM, unless it has other owners: unless it does, no process of it is left when this
+    /// returns.
+    fn stop(&mut self) -> Result<Stop, VmError>;
+}
+
+/// What has become of a VM that was told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It has ended.
+    Ended,
+    /// Others keep it. It can still be told things; dropping it parts with it.
+    Shared,
 }

@@ -5,7 +5,7 @@ use std::{
     io::{self, IoSlice, Read},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
@@ -13,15 +13,18 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_vmm::config::{VmCommand, VmConfig, VmEvent};
+use bulkhead_vmm::config::{CONTROL, VmCommand, VmConfig, VmEvent};
 use rustix::{
     event::{PollFd, PollFlags},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
 };
 
-use super::{Vm, VmError};
-use crate::wait::{Deadline, poll};
+use super::{Stop, Vm, VmError};
+use crate::{
+    state::ProcessIdentity,
+    wait::{Deadline, poll},
+};
 
 /// More than any event needs: a VMM that sends longer lines is not one.
 const LONGEST_LINE: usize = 64 * 1024;
@@ -29,13 +32,16 @@ const LONGEST_LINE: usize = 64 * 1024;
 const DESCRIPTORS: usize = 4;
 /// How long a VM may take to end when told to, before it is killed.
 const END_LIMIT: Duration = Duration::from_secs(5);
+/// For a VM to say that somebody has joined.
+const JOIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// A VM that is a process of this host.
 #[derive(Debug)]
 pub struct VmProcess {
     control: UnixStream,
     received: Vec<u8>,
-    starter: Child,
+    /// What it was started as, if by this process.
+    starter: Option<Child>,
     /// The process that [`VmEvent::Forked`] named.
     process: Option<OwnedFd>,
     ended: bool,
@@ -67,10 +73,47 @@ impl VmProcess {
         Ok(Self {
             control,
             received: Vec::new(),
-            starter,
+            starter: Some(starter),
             process: None,
             ended: false,
         })
+    }
+
+    /// Becomes an owner of a VM that runs; `sockets` is the directory of its sockets.
+    pub fn join(sockets: BorrowedFd<'_>, vmm: ProcessIdentity) -> Result<Self, VmError> {
+        let failed = control_error("join");
+        let process = match vmm.open() {
+            Ok(Some(process)) => process,
+            Ok(None) => return Err(VmError::Gone(String::new())),
+            Err(error) => return Err(failed(error)),
+        };
+        // A socket's path has 107 bytes at most, so the directory goes by its number.
+        let path = format!("/proc/self/fd/{}/{CONTROL}", sockets.as_raw_fd());
+        let control = UnixStream::connect(path)
+            .and_then(|control| control.set_nonblocking(true).map(|()| control))
+            .map_err(failed)?;
+        let mut joined = Self {
+            control,
+            received: Vec::new(),
+            starter: None,
+            process: Some(process.into()),
+            ended: false,
+        };
+        let deadline = Deadline::after(JOIN_LIMIT);
+        loop {
+            match joined.next_event()? {
+                Some(VmEvent::Joined) => return Ok(joined),
+                Some(_) => {}
+                None if joined.readable(deadline)? => {}
+                None => return Err(control_error("join")(io::ErrorKind::TimedOut.into())),
+            }
+        }
+    }
+
+    fn readable(&self, deadline: Deadline) -> Result<bool, VmError> {
+        let mut descriptors = [PollFd::new(&self.control, PollFlags::IN)];
+        let ready = poll(&mut descriptors, Some(deadline));
+        Ok(ready.map_err(control_error("wait for"))? > 0)
     }
 
     /// Descriptors go with the first byte that the socket takes.
@@ -160,9 +203,11 @@ impl VmProcess {
         self.ended = true;
         let Some(process) = self.process.take() else {
             // It never forked. Its end of the socket is closed or about to be, so it ends.
-            let _ = self.starter.kill();
-            return self
-                .starter
+            let Some(starter) = &mut self.starter else {
+                return String::new();
+            };
+            let _ = starter.kill();
+            return starter
                 .wait()
                 .map_or(String::new(), |status| format!(" ({status})"));
         };
@@ -173,7 +218,11 @@ impl VmProcess {
         ) {
             let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
         }
-        let _ = self.starter.wait();
+        let Some(starter) = &mut self.starter else {
+            // Somebody else's child: how it ended is for that one to know.
+            return String::new();
+        };
+        let _ = starter.wait();
         let how = rustix::process::waitid(WaitId::PidFd(process.as_fd()), WaitIdOptions::EXITED);
         match how.ok().flatten() {
             Some(status) => match (status.exit_status(), status.terminating_signal()) {
@@ -218,20 +267,33 @@ impl Vm for VmProcess {
         self.send(&command, descriptors)
     }
 
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn stop(&mut self) -> Result<Stop, VmError> {
         if self.ended {
-            return Ok(());
+            return Ok(Stop::Ended);
         }
         // A VM that cannot be told has ended, or ends because the socket closes.
-        let _ = self.send(&VmCommand::Stop, &[]);
+        if self.process.is_some() && self.send(&VmCommand::Stop, &[]).is_ok() {
+            let deadline = Deadline::after(END_LIMIT);
+            // What it says besides is of no interest any more. It ends, too, when it is not to wait
+            // for anybody's Go.
+            loop {
+                match self.next_event() {
+                    Ok(Some(VmEvent::Shared)) => return Ok(Stop::Shared),
+                    Ok(Some(_)) => {}
+                    Ok(None) if matches!(self.readable(deadline), Ok(true)) => {}
+                    Ok(None) | Err(_) => break,
+                }
+            }
+        }
         let _ = self.control.shutdown(std::net::Shutdown::Both);
         self.reap();
-        Ok(())
+        Ok(Stop::Ended)
     }
 }
 
 impl Drop for VmProcess {
     fn drop(&mut self) {
+        // Others may keep it: then it was only ours to leave.
         let _ = self.stop();
     }
 }

@@ -36,8 +36,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use crate::sys;
 use share::ShareTree;
 
-/// Where the share's tree lies in the jail.
-pub const SHARE: &str = "/share";
+pub use crate::config::SHARE;
+
 /// Where the sandbox's sockets lie in the jail.
 pub const SOCKETS: &str = "/sockets";
 

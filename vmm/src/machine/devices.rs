@@ -76,6 +76,12 @@ impl Machine {
         Ok(index)
     }
 
+    /// Whether the guest's driver uses the device at a place.
+    pub fn is_in_use(&self, index: usize) -> bool {
+        let place = self.ports.places.get(index).map(locked);
+        place.is_some_and(|mut place| place.transport().is_some_and(|device| device.is_active()))
+    }
+
     /// Takes the device at a place away, whatever its driver does; the place is free then.
     pub fn detach(&self, index: usize) -> Result<(), MachineError> {
         let Some(place) = self.ports.places.get(index) else {

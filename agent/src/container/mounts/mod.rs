@@ -54,6 +54,8 @@ enum Source {
     Share { path: String, recursive: bool },
     /// A filesystem on a disk.
     Disk(DiskSource),
+    /// What another container has at the same place.
+    Joined,
     /// The container's own cgroup.
     ControlGroup,
     /// A filesystem of a type with, perhaps, a source.
@@ -123,6 +125,25 @@ impl MountPlan {
             self.map_ids(&mount, namespace.as_fd())?;
         }
         Ok(Some(mount))
+    }
+
+    /// Whether it is another container's.
+    pub(super) fn is_joined(&self) -> bool {
+        matches!(self.source, Source::Joined)
+    }
+
+    /// Clones what is mounted at its destination, in the mount namespace of another container, which
+    /// this process is in. That container may have put anything there, but no link leads elsewhere.
+    pub(super) fn clone_here(&self) -> io::Result<OwnedFd> {
+        let root = fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let path = self
+            .destination
+            .strip_prefix("/")
+            .unwrap_or(&self.destination);
+        let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let place = fs::openat2(&root, path, flags, Mode::empty(), how)?;
+        clone_mount(place.as_fd(), false)
     }
 
     fn map_ids(&self, mount: &OwnedFd, namespace: BorrowedFd<'_>) -> Result<()> {
@@ -198,7 +219,7 @@ impl MountPlan {
                 let mode = fs::fstat(&mount).or_cannot(action)?.st_mode;
                 (mount, FileType::from_raw_mode(mode) == FileType::Directory)
             }
-            Source::Disk(_) => {
+            Source::Disk(_) | Source::Joined => {
                 let mount = prepared.ok_or(io::ErrorKind::NotFound);
                 (mount.or_cannot(action)?, true)
             }

@@ -23,15 +23,33 @@ pub(in crate::container) fn plan(
     mounts: &[Mount],
     bind_sources: &HashMap<u32, String>,
     disks: &HashMap<u32, BlockDevice>,
+    joined: &HashMap<u32, String>,
     in_user_namespace: bool,
 ) -> Result<Vec<MountPlan>> {
     let numbered = (0u32..).zip(mounts);
     numbered
         .map(|(index, mount)| {
             let shared = bind_sources.get(&index);
-            plan_one(index, mount, shared, disks.get(&index), in_user_namespace)
+            let disk = disks.get(&index);
+            if joined.contains_key(&index) {
+                return joined_one(index, mount);
+            }
+            plan_one(index, mount, shared, disk, in_user_namespace)
         })
         .collect()
+}
+
+/// What another container has at the same destination.
+fn joined_one(index: u32, mount: &Mount) -> Result<MountPlan> {
+    let field = format!("mounts[{index}]");
+    let options = mount_options::parse(&field, mount.options().as_deref().unwrap_or_default())?;
+    Ok(MountPlan {
+        destination: Path::new("/").join(mount.destination()),
+        id_maps: None,
+        source: Source::Joined,
+        options,
+        field,
+    })
 }
 
 fn plan_one(

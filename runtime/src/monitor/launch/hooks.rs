@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use super::{Launch, LaunchError};
 use crate::{
     hooks::{self, Namespaces},
-    network::Network,
     state::ContainerStatus,
     vm::VmError,
 };
@@ -19,7 +18,7 @@ impl Launch<'_, '_> {
             return Ok(());
         };
         let host = Namespaces {
-            network: self.network.as_ref().map(Network::home),
+            network: self.network.home(),
             process: None,
         };
         let mut view = self.container.record()?.view();

@@ -23,7 +23,11 @@ use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
 mod hooks;
+mod member;
 mod network;
+
+use member::DisksOnTheWay;
+pub(super) use network::Wiring;
 
 use super::{
     StandIn, View,
@@ -40,7 +44,8 @@ use crate::{
     cgroup::{Cgroup, CgroupError, Limits},
     disks::{self, Disks},
     hooks::HookError,
-    network::{Network, NetworkError},
+    network::NetworkError,
+    pod::{PieceError, PodError},
     share::{self, Share},
     shm,
     spec::{Loaded, SpecError, check::Checked},
@@ -81,11 +86,34 @@ pub enum LaunchError {
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// Another container cannot be joined.
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// Another container's VM does not take this one's files.
+    #[error(transparent)]
+    Piece(#[from] PieceError),
+    /// The VM of another container cannot be reached.
+    #[error("cannot join the virtual machine of container {id:?}: it may have ended")]
+    Join {
+        /// The container.
+        id: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM would not have a disk.
+    #[error("cannot attach the disk {disk:?} to the virtual machine: {message}")]
+    Disk {
+        /// Its name in the guest.
+        disk: String,
+        /// In the VMM's words.
+        message: String,
+    },
     /// The agent refused; the beginning is runc's words, which its callers look for.
     #[error("unable to start container process")]
     Agent(#[source] RpcError),
     /// The VMM does not answer.
-    #[error("the virtual machine does not say whether it has the network interfaces")]
+    #[error("the virtual machine does not say whether it has the interfaces and disks")]
     Attach,
     /// The agent refused; in its words.
     #[error("cannot set up the network in the guest: {0}")]
@@ -123,11 +151,11 @@ pub enum LaunchError {
 /// Starts a VM: given the program and where its log goes.
 pub type VmStarter<'s> = &'s dyn Fn(&Path, File) -> Result<Box<dyn Vm>, VmError>;
 
-/// Makes the sandbox. Without a first thread to stand in, it has no network: in unit tests, which
-/// need no privileges.
+/// Makes the sandbox, or joins that of another container. Without a first thread to stand in, it has
+/// no network: in unit tests, which need no privileges.
 pub fn launch<'a>(
     order: &ContainerOrder,
-    (loaded, checked): (&Loaded, &Checked),
+    of: (&Loaded, &Checked),
     container: &'a Container,
     start_vm: VmStarter<'_>,
     signals: &mut Signals,
@@ -138,60 +166,63 @@ pub fn launch<'a>(
         runtime_started: Moment::at(order.began),
         ..Timeline::default()
     };
+    if let Some(joined) = &order.joined {
+        return member::launch(
+            (order, joined),
+            of,
+            container,
+            timeline,
+            signals,
+            host,
+            stand_in,
+        );
+    }
     order.check_installation()?;
     // Every process of the VM holds this file open and by it the lock, recorded or not yet: so
     // that a removal can wait for all of them.
     let vm = start_vm(&order.vmm, container.open_held(VMM_LOG)?)?;
     timeline.vmm_started = Some(Moment::now());
     let sockets = agent::sockets(container)?;
+    let (loaded, checked) = of;
     let mut launch = Launch {
         container,
         spec: &loaded.spec,
         vm,
-        ready: ReadyListener::bind(sockets.as_fd())?,
         cgroup: locate_cgroup(order, checked)?,
         limits: Limits::of(&loaded.spec, order.guest),
         signals,
         timeline,
-        network: None,
+        network: Wiring::None,
+        disks: DisksOnTheWay::default(),
     };
+    let mut ready = ReadyListener::bind(sockets.as_fd())?;
     let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
     let disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
     let mut config = order.vm_config(container.path(), &share);
     config.disks.extend(disks.configs.iter().cloned());
-    let has_disks = !disks.configs.is_empty();
     launch.vm.configure(&config)?;
-    launch.record_cgroup()?;
+    launch.record_cgroup(&share)?;
     launch.enter_network(checked.network.as_deref(), stand_in)?;
-    launch.boot()?;
+    launch.boot(&mut ready)?;
     launch.create_hooks()?;
     launch.attach_interfaces()?;
-    let (mut rpc, relay) = launch.create_container(
+    let made = Made {
         order,
-        &loaded.bytes,
-        (&share, disks),
-        sockets.as_fd(),
-        &host,
-    )?;
-    launch.set_network(&mut rpc)?;
-    launch.container_hooks()?;
-    // What hooks have brought.
-    launch.attach_interfaces()?;
-    launch.set_network(&mut rpc)?;
-    launch.cgroup.limit_cpu_time(&launch.limits)?;
-    launch.record_created()?;
-    launch.timeline.container_created = Some(Moment::now());
-    Ok(Sandbox {
-        container,
-        vm: launch.vm,
-        process: Attached::new(rpc, &order.id, "", relay, host).map_err(LaunchError::Agent)?,
-        timeline: launch.timeline,
-        timeline_file: order.timeline.clone(),
-        cgroup: launch.cgroup,
-        has_disks,
-        view: View::of(&loaded.spec, &share, &checked.rootfs),
-        network: launch.network,
-    })
+        loaded,
+        checked,
+        share,
+        disks,
+    };
+    launch.finish(made, sockets.as_fd(), host)
+}
+
+/// What the container is made of.
+struct Made<'l> {
+    order: &'l ContainerOrder,
+    loaded: &'l Loaded,
+    checked: &'l Checked,
+    share: Share,
+    disks: Disks,
 }
 
 fn locate_cgroup(order: &ContainerOrder, checked: &Checked) -> Result<Cgroup, CgroupError> {
@@ -210,12 +241,50 @@ struct Launch<'l, 'a> {
     container: &'a Container,
     spec: &'l Spec,
     vm: Box<dyn Vm>,
-    ready: ReadyListener,
     cgroup: Cgroup,
     limits: Limits,
     signals: &'l mut Signals,
     timeline: Timeline,
-    network: Option<Network<'a>>,
+    network: Wiring<'a>,
+    disks: DisksOnTheWay,
+}
+
+impl<'a> Launch<'_, 'a> {
+    /// The guest is there, with all that is attached to it: makes the container.
+    fn finish(
+        mut self,
+        made: Made<'_>,
+        sockets: BorrowedFd<'_>,
+        host: HostStdio,
+    ) -> Result<Sandbox<'a>, LaunchError> {
+        let (mut rpc, relay) = self.create_container(&made, sockets, &host)?;
+        self.set_network(&mut rpc)?;
+        self.container_hooks()?;
+        // What hooks have brought.
+        self.attach_interfaces()?;
+        self.set_network(&mut rpc)?;
+        self.cgroup.limit_cpu_time(&self.limits)?;
+        self.record_created()?;
+        self.timeline.container_created = Some(Moment::now());
+        let Made {
+            order,
+            loaded,
+            checked,
+            share,
+            disks,
+        } = made;
+        Ok(Sandbox {
+            container: self.container,
+            vm: self.vm,
+            process: Attached::new(rpc, &order.id, "", relay, host).map_err(LaunchError::Agent)?,
+            timeline: self.timeline,
+            timeline_file: order.timeline.clone(),
+            cgroup: self.cgroup,
+            has_disks: !disks.configs.is_empty(),
+            view: View::of(&loaded.spec, &share, &checked.rootfs),
+            network: self.network,
+        })
+    }
 }
 
 impl Launch<'_, '_> {
@@ -232,9 +301,12 @@ impl Launch<'_, '_> {
         Ok(())
     }
 
-    fn record_cgroup(&self) -> Result<(), LaunchError> {
+    fn record_cgroup(&self, share: &Share) -> Result<(), LaunchError> {
         let (directories, own) = (self.cgroup.directories(), self.cgroup.places());
-        self.record(|record| (record.cgroups, record.cgroup) = (directories, own))?;
+        self.record(|record| {
+            (record.cgroups, record.cgroup) = (directories, own);
+            record.shared_memory.clone_from(&share.memory_source);
+        })?;
         Ok(self.cgroup.make(&self.limits)?)
     }
 
@@ -247,7 +319,7 @@ impl Launch<'_, '_> {
     }
 
     /// From the configured VM to the agent's greeting.
-    fn boot(&mut self) -> Result<(), LaunchError> {
+    fn boot(&mut self, ready: &mut ReadyListener) -> Result<(), LaunchError> {
         let deadline = Deadline::after(BOOT_LIMIT);
         let mut greeting: Option<Greeting> = None;
         let mut running = false;
@@ -256,19 +328,19 @@ impl Launch<'_, '_> {
             let mut descriptors = [
                 PollFd::new(&control, PollFlags::IN),
                 self.signals.poll_fd(),
-                self.ready.poll_fd(),
+                ready.poll_fd(),
             ];
             let failed = |error| LaunchError::Io("wait for the guest", error);
             if poll(&mut descriptors, Some(deadline)).map_err(failed)? == 0 {
                 return Err(LaunchError::Boot);
             }
-            let [event, signal, ready] = descriptors.map(|fd| !fd.revents().is_empty());
+            let [event, signal, greeted] = descriptors.map(|fd| !fd.revents().is_empty());
             if signal {
                 self.judge_signals()?;
             }
             // Before the VM's events: its end must not hide that the guest was there.
-            if ready && greeting.is_none() {
-                greeting = self.ready.progress()?;
+            if greeted && greeting.is_none() {
+                greeting = ready.progress()?;
                 if greeting.is_some() {
                     self.timeline.greeted = Some(Moment::now());
                 }
@@ -300,7 +372,7 @@ impl Launch<'_, '_> {
                 self.refresh_network()?;
                 Ok(true)
             }
-            event => self.on_network_event(&event).map(|()| false),
+            event => self.on_device_event(&event).map(|()| false),
         }
     }
 
@@ -319,9 +391,7 @@ impl Launch<'_, '_> {
 
     fn create_container(
         &mut self,
-        order: &ContainerOrder,
-        spec: &[u8],
-        (share, disks): (&Share, Disks),
+        made: &Made<'_>,
         sockets: BorrowedFd<'_>,
         host: &HostStdio,
     ) -> Result<(RpcClient, Relay), LaunchError> {
@@ -331,32 +401,22 @@ impl Launch<'_, '_> {
         let streams = ConnectingStreams::begin(sockets, host.is_terminal())?;
         let mut rpc = RpcClient::new(rpc.finish(deadline)?)
             .map_err(|error| LaunchError::Io("use the connection to the agent", error))?;
-        let request = SetUpSandboxRequest {
-            realtime_ns: realtime_ns(),
-            hostname: "bulkhead".to_owned(),
-            ..Default::default()
-        };
-        let _: SetUpSandboxResponse = self.call(&mut rpc, "SetUpSandbox", &request)?;
+        if made.order.joined.is_none() {
+            let request = SetUpSandboxRequest {
+                realtime_ns: realtime_ns(),
+                hostname: "bulkhead".to_owned(),
+                ..Default::default()
+            };
+            let _: SetUpSandboxResponse = self.call(&mut rpc, "SetUpSandbox", &request)?;
+        }
         let (streams, stdio) = streams.finish(deadline)?;
         let (rows, columns) = host.size();
-        let request = CreateContainerRequest {
-            container_id: order.id.clone(),
-            spec: shm::rewrite(spec, &share.memory)
-                .map_err(|error| LaunchError::Io("read the configuration again", error.into()))?,
-            rootfs: share.rootfs.clone(),
-            bind_sources: share.bind_sources.clone(),
-            rootfs_device: disks.rootfs.into(),
-            block_mounts: disks.mounts,
-            stdio: Some(Stdio {
-                rows,
-                columns,
-                ..stdio
-            })
-            .into(),
-            no_new_keyring: order.no_new_keyring,
-            bundle: order.bundle.to_string_lossy().into_owned(),
-            ..Default::default()
+        let stdio = Stdio {
+            rows,
+            columns,
+            ..stdio
         };
+        let request = made.request(stdio)?;
         let _: CreateContainerResponse = self.call(&mut rpc, "CreateContainer", &request)?;
         let relay = host
             .relay(streams)
@@ -401,7 +461,7 @@ impl Launch<'_, '_> {
             let [event, signal, _] = descriptors.map(|fd| !fd.revents().is_empty());
             if event {
                 while let Some(event) = self.vm.next_event()? {
-                    self.on_network_event(&event)?;
+                    self.on_device_event(&event)?;
                 }
             }
             if signal {
@@ -425,6 +485,33 @@ impl Launch<'_, '_> {
             }
         }
         LaunchError::Agent(error)
+    }
+}
+
+impl Made<'_> {
+    /// What the agent is asked for.
+    fn request(&self, stdio: Stdio) -> Result<CreateContainerRequest, LaunchError> {
+        let joined = self.order.joined.as_ref();
+        let namespaces = joined.map(|joined| joined.namespaces.clone());
+        let of_ipc = joined.and_then(|joined| joined.namespaces.get("ipc"));
+        let same = self.share.joined_memory.iter();
+        Ok(CreateContainerRequest {
+            container_id: self.order.id.clone(),
+            spec: shm::rewrite(&self.loaded.bytes, &self.share.memory)
+                .map_err(|error| LaunchError::Io("read the configuration again", error.into()))?,
+            rootfs: self.share.rootfs.clone(),
+            bind_sources: self.share.bind_sources.clone(),
+            join_namespaces: namespaces.unwrap_or_default().into_iter().collect(),
+            join_mounts: same
+                .filter_map(|index| Some((*index, of_ipc?.clone())))
+                .collect(),
+            rootfs_device: self.disks.rootfs.clone().into(),
+            block_mounts: self.disks.mounts.clone(),
+            stdio: Some(stdio).into(),
+            no_new_keyring: self.order.no_new_keyring,
+            bundle: self.order.bundle.to_string_lossy().into_owned(),
+            ..Default::default()
+        })
     }
 }
 

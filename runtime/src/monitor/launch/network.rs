@@ -10,9 +10,39 @@ use rustix::event::{PollFd, PollFlags};
 use super::{super::StandIn, CALL_LIMIT, Launch, LaunchError};
 use crate::{
     agent::rpc::{RpcClient, RpcError},
-    network::Network,
+    network::{Joined, Network, NetworkError},
     wait::{Deadline, poll},
 };
+
+/// How a container is connected on the host.
+#[derive(Debug)]
+pub(in crate::monitor) enum Wiring<'a> {
+    /// Not at all: in unit tests.
+    None,
+    /// By interfaces of its own.
+    Own(Box<Network<'a>>),
+    /// By those of another container of its VM.
+    Joined(Joined),
+}
+
+impl<'a> Wiring<'a> {
+    /// What is its own.
+    pub(in crate::monitor) fn own(&mut self) -> Option<&mut Network<'a>> {
+        match self {
+            Self::Own(network) => Some(network),
+            _ => None,
+        }
+    }
+
+    /// The host's network namespace, if this process has left it.
+    pub(in crate::monitor) fn home(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        match self {
+            Self::None => None,
+            Self::Own(network) => Some(network.home()),
+            Self::Joined(joined) => Some(joined.home()),
+        }
+    }
+}
 
 impl Launch<'_, '_> {
     /// Enters the network namespace at a path, or an empty one that is made; and so does the first
@@ -26,14 +56,28 @@ impl Launch<'_, '_> {
             let network = Network::enter(self.container, path)?;
             let enter = network.enter_too()?;
             stand_in.run(enter)?;
-            self.network = Some(network);
+            self.network = Wiring::Own(Box::new(network));
         }
+        Ok(())
+    }
+
+    /// Enters the network namespace of another container, whose interfaces stay that one's affair;
+    /// and so does the first thread.
+    pub(super) fn join_network(
+        &mut self,
+        path: &Path,
+        stand_in: &StandIn,
+    ) -> Result<(), LaunchError> {
+        let joined = Joined::enter(path).map_err(NetworkError::from)?;
+        let enter = joined.enter_too().map_err(NetworkError::from)?;
+        stand_in.run(enter).map_err(NetworkError::from)?;
+        self.network = Wiring::Joined(joined);
         Ok(())
     }
 
     /// What the host has by now is attached; an interface that cannot be is an error.
     pub(super) fn refresh_network(&mut self) -> Result<(), LaunchError> {
-        let Some(network) = &mut self.network else {
+        let Some(network) = self.network.own() else {
             return Ok(());
         };
         match network.refresh(&mut *self.vm)?.into_iter().next() {
@@ -42,21 +86,25 @@ impl Launch<'_, '_> {
         }
     }
 
-    pub(super) fn on_network_event(&mut self, event: &VmEvent) -> Result<(), LaunchError> {
-        match &mut self.network {
+    /// What the VMM says of an interface or a disk.
+    pub(super) fn on_device_event(&mut self, event: &VmEvent) -> Result<(), LaunchError> {
+        self.disks.on_event(event)?;
+        match self.network.own() {
             Some(network) => Ok(network.on_event(event, &mut *self.vm)?),
             None => Ok(()),
         }
     }
 
-    /// Attaches what is there and is not attached, and waits until it is.
+    /// Attaches interfaces that are there and are not attached, and waits until they and the disks
+    /// are.
     pub(super) fn attach_interfaces(&mut self) -> Result<(), LaunchError> {
         let deadline = Deadline::after(CALL_LIMIT);
         self.refresh_network()?;
-        while self
-            .network
-            .as_ref()
-            .is_some_and(|network| !network.is_settled())
+        while !self.disks.are_settled()
+            || self
+                .network
+                .own()
+                .is_some_and(|network| !network.is_settled())
         {
             let control = self.vm.control();
             let mut descriptors = [PollFd::new(&control, PollFlags::IN), self.signals.poll_fd()];
@@ -67,7 +115,7 @@ impl Launch<'_, '_> {
             let [event, signal] = descriptors.map(|fd| !fd.revents().is_empty());
             if event {
                 while let Some(event) = self.vm.next_event()? {
-                    self.on_network_event(&event)?;
+                    self.on_device_event(&event)?;
                 }
             }
             if signal {
@@ -79,13 +127,13 @@ impl Launch<'_, '_> {
 
     /// Has the agent make the container's network namespace what the host's is.
     pub(super) fn set_network(&mut self, rpc: &mut RpcClient) -> Result<(), LaunchError> {
-        while let Some(request) = self.network.as_ref().and_then(Network::request) {
+        while let Some(request) = self.network.own().and_then(|network| network.request()) {
             let answer = self.call::<Empty>(rpc, "SetNetwork", &request);
             if let Err(LaunchError::Agent(RpcError::Refused { message, .. })) = answer {
                 return Err(LaunchError::SetNetwork(message));
             }
             answer?;
-            if let Some(network) = &mut self.network {
+            if let Some(network) = self.network.own() {
                 network.on_set(request, true, &mut *self.vm)?;
             }
         }

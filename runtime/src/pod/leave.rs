@@ -1,0 +1,101 @@
+//! Takes a container out of a VM that others keep, so that nothing of it is left there.
+
+use std::{os::fd::AsFd, time::Duration};
+
+use bulkhead_agent_protocol::{
+    ErrorKind,
+    messages::{Empty, RemoveContainerRequest},
+};
+use thiserror::Error;
+
+use super::pieces::{self, PieceError, directory_of};
+use crate::{
+    agent::{self, AgentError, rpc::RpcError},
+    cgroup::{Cgroup, CgroupError},
+    state::{Container, Record},
+    vm::VmProcess,
+    wait::Deadline,
+};
+
+/// For the agent to end what still runs of the container, and to write out what it has on disks.
+const REMOVE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Something of the container is left in the VM.
+#[derive(Debug, Error)]
+pub enum LeaveError {
+    /// In the guest.
+    #[error("cannot remove container {id:?} from the virtual machine that it shares")]
+    Guest {
+        /// The container.
+        id: String,
+        /// Why not.
+        #[source]
+        source: AgentError,
+    },
+    /// In the share.
+    #[error(transparent)]
+    Piece(#[from] PieceError),
+}
+
+/// Removes the container from the guest, then its files from the share. What is gone is fine.
+pub fn leave(container: &Container, record: &Record) -> Result<(), LeaveError> {
+    let Some(vmm) = record.vmm.filter(|vmm| vmm.is_alive()) else {
+        return Ok(());
+    };
+    let removed = remove_from_guest(container);
+    // Its files go from the guest in any case.
+    pieces::remove(vmm, &directory_of(record))?;
+    match removed {
+        // The VM has ended meanwhile, and the container with it.
+        Err(_) if !vmm.is_alive() => Ok(()),
+        removed => removed.map_err(|source| LeaveError::Guest {
+            id: record.id.clone(),
+            source,
+        }),
+    }
+}
+
+fn remove_from_guest(container: &Container) -> Result<(), AgentError> {
+    let deadline = Deadline::after(REMOVE_LIMIT);
+    let mut rpc = agent::connect(container, deadline)?;
+    let request = RemoveContainerRequest {
+        container_id: container.id().to_owned(),
+        force: true,
+        ..Default::default()
+    };
+    match agent::call::<Empty>(&mut rpc, "RemoveContainer", &request, deadline) {
+        Ok(_) => Ok(()),
+        // The agent has done it when the monitor was killed, or there never was one.
+        Err(RpcError::Refused {
+            kind: ErrorKind::NoSuchProcess,
+            ..
+        }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// After a container has left whose monitor could not do it: the VMM lets go the devices that it had,
+/// and sits in the cgroup of one of those who keep it.
+pub fn pass_on(
+    container: &Container,
+    record: &Record,
+    others: &[Record],
+) -> Result<(), CgroupError> {
+    let Some(vmm) = record.vmm else {
+        return Ok(());
+    };
+    // It looks for what was left behind whenever somebody comes.
+    if let Ok(sockets) = agent::sockets(container) {
+        drop(VmProcess::join(sockets.as_fd(), vmm));
+    }
+    let Some(heir) = others.first() else {
+        return Ok(());
+    };
+    if Cgroup::at(&record.cgroup)?.holds(vmm.pid) {
+        match Cgroup::at(&heir.cgroup)?.place(vmm.pid) {
+            Err(error) if vmm.is_alive() => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}

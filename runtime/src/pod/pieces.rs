@@ -1,0 +1,267 @@
+//! A container's files in the share of a VM that runs already. The VM's process has no right to
+//! mount anything: a thread of ours enters its mount namespace, moves the pieces there as detached
+//! mounts, and ends. Whoever has taken over the VM could only have read what lies in the share
+//! anyway: its root is a tmpfs that it cannot write to, no other process is seen from there, and
+//! every lookup stays below it, follows no link and crosses no mount.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    thread,
+};
+
+use bulkhead_vmm::config::{SHARE, ShareEntry};
+use rustix::{
+    fs::{
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2,
+        unlinkat,
+    },
+    io::Errno,
+    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount},
+    thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
+};
+use thiserror::Error;
+
+use crate::{
+    state::{LiveProcess, ProcessIdentity, Record},
+    sys::{self, MountChange},
+};
+
+/// A container's files cannot be put into the VM, or taken out of it.
+#[derive(Debug, Error)]
+pub enum PieceError {
+    /// The VM has ended.
+    #[error("the virtual machine has ended")]
+    Gone,
+    /// A piece of the host's file system.
+    #[error("cannot share {path} with the virtual machine")]
+    Source {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A place in the share.
+    #[error("cannot {what} {target:?} in the share of the virtual machine")]
+    Target {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        target: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The VM's mounts.
+    #[error("cannot {0}")]
+    Enter(&'static str, #[source] io::Error),
+}
+
+fn enter(what: &'static str) -> impl FnOnce(Errno) -> PieceError {
+    move |error| PieceError::Enter(what, error.into())
+}
+
+/// A container's directory in the share. One that has joined a VM never gets the same again: the
+/// guest may remember for a moment what was there.
+pub fn directory_of(record: &Record) -> String {
+    match record.sandbox {
+        None => record.id.clone(),
+        Some(_) => {
+            let monitor = record.monitor.map_or(0, |monitor| monitor.pid);
+            format!("{}.{monitor}", record.id)
+        }
+    }
+}
+
+/// Puts pieces into the VM's share.
+pub fn add(vmm: ProcessIdentity, entries: &[ShareEntry]) -> Result<(), PieceError> {
+    let process = open(vmm)?;
+    // While paths still mean the host's.
+    let mut pieces = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let failed = |error: Errno| PieceError::Source {
+            path: entry.source.clone(),
+            source: error.into(),
+        };
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
+        let mount = open_tree(CWD, &entry.source, flags).map_err(failed)?;
+        // As the VMM has its own: no set-user-id programs, devices or execution on the host.
+        let change = MountChange {
+            restricted: true,
+            read_only: entry.read_only,
+            private: true,
+            recursive: true,
+            ..MountChange::default()
+        };
+        sys::change_mount(mount.as_fd(), change).map_err(failed)?;
+        pieces.push((entry.target.clone(), mount));
+    }
+    inside(process, move |root| {
+        pieces
+            .iter()
+            .try_for_each(|(target, mount)| attach(root, target, mount))
+    })
+}
+
+/// Takes the directory of a container out of the VM's share, with all that is mounted in it.
+pub(super) fn remove(vmm: ProcessIdentity, directory: &str) -> Result<(), PieceError> {
+    let process = match open(vmm) {
+        Ok(process) => process,
+        // Its mounts are gone with it.
+        Err(PieceError::Gone) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let target = directory.to_owned();
+    let removed = inside(process, move |root| {
+        let place = format!("{}/{target}", below(SHARE));
+        empty(root, &place)
+            .and_then(|()| remove_one(root, &place, AtFlags::REMOVEDIR))
+            .map_err(|error| PieceError::Target {
+                what: "remove",
+                target,
+                source: error.into(),
+            })
+    });
+    match removed {
+        // It has ended meanwhile.
+        Err(_) if !vmm.is_alive() => Ok(()),
+        removed => removed,
+    }
+}
+
+fn open(vmm: ProcessIdentity) -> Result<LiveProcess, PieceError> {
+    let failed = |error| PieceError::Enter("find the virtual machine's process", error);
+    vmm.open().map_err(failed)?.ok_or(PieceError::Gone)
+}
+
+/// Does something in the VM's mount namespace, in a thread that ends with it. The thread gets the
+/// VM's root by a mount that can be written through.
+fn inside(
+    process: LiveProcess,
+    work: impl FnOnce(BorrowedFd<'_>) -> Result<(), PieceError> + Send,
+) -> Result<(), PieceError> {
+    let task = move || {
+        sys::unshare_filesystem().map_err(enter("leave the directories of the other threads"))?;
+        move_into_thread_name_spaces(process.as_fd(), ThreadNameSpaceType::MOUNT)
+            .map_err(enter("enter the mount namespace of the virtual machine"))?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let root = open_tree(CWD, "/", flags).map_err(enter("open the virtual machine's root"))?;
+        let change = MountChange {
+            writable: true,
+            ..MountChange::default()
+        };
+        sys::change_mount(root.as_fd(), change)
+            .map_err(enter("write to the virtual machine's root"))?;
+        work(root.as_fd())
+    };
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, task);
+        let thread = thread.map_err(|error| PieceError::Enter("start a thread", error))?;
+        thread
+            .join()
+            .unwrap_or_else(|payload| std::panic::resume_unwind(payload))
+    })
+}
+
+fn below(path: &str) -> &str {
+    path.trim_start_matches('/')
+}
+
+/// Opens a directory of the tmpfs that is the VM's root.
+fn directory(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    openat2(root, path, flags, Mode::empty(), confined())
+}
+
+fn confined() -> ResolveFlags {
+    ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV
+}
+
+fn attach(root: BorrowedFd<'_>, target: &str, mount: &OwnedFd) -> Result<(), PieceError> {
+    let failed = |what| {
+        move |error: Errno| PieceError::Target {
+            what,
+            target: target.to_owned(),
+            source: error.into(),
+        }
+    };
+    let is_directory = fstat(mount)
+        .map(|stat| FileType::from_raw_mode(stat.st_mode).is_dir())
+        .map_err(failed("look at"))?;
+    let path = format!("{}/{target}", below(SHARE));
+    let make = |error: Errno| failed("make")(error);
+    let (parent, name) = path.rsplit_once('/').unwrap_or((".", &path));
+    let parent = make_directories(root, parent).map_err(make)?;
+    let mode = Mode::from_raw_mode(0o755);
+    if is_directory {
+        mkdirat(&parent, name, mode).map_err(make)?;
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        openat(&parent, name, flags | OFlags::RDONLY, mode).map_err(make)?;
+    }
+    // The place as the VM sees it: a mount goes onto a mount of the namespace.
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let real = openat(CWD, "/", flags | OFlags::DIRECTORY, Mode::empty())
+        .and_then(|real| openat2(&real, &*path, flags, Mode::empty(), confined()))
+        .map_err(failed("find"))?;
+    let whole = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(mount, "", &real, "", whole).map_err(failed("mount"))
+}
+
+fn make_directories(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+    let mut here = directory(root, ".")?;
+    for name in path.split('/') {
+        match mkdirat(&here, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error),
+        }
+        here = directory(here.as_fd(), name)?;
+    }
+    Ok(here)
+}
+
+/// Unmounts and removes what is in a directory, as deep as mount points lie.
+fn empty(root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
+    let directory = match directory(root, path) {
+        // Nothing was put there yet.
+        Err(Errno::NOENT) => return Ok(()),
+        directory => directory?,
+    };
+    let entries: Vec<_> = Dir::read_from(&directory)?.collect::<Result<_, _>>()?;
+    for entry in entries {
+        let Ok(name) = entry.file_name().to_str() else {
+            continue;
+        };
+        if matches!(name, "." | "..") {
+            continue;
+        }
+        let place = format!("{path}/{name}");
+        // Busy or not: who still has a file of it open loses it with that.
+        match unmount(
+            format!("/{place}"),
+            UnmountFlags::DETACH | UnmountFlags::NOFOLLOW,
+        ) {
+            // EINVAL: nothing is mounted there.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(error),
+        }
+        if entry.file_type().is_dir() {
+            empty(root, &place)?;
+            remove_one(root, &place, AtFlags::REMOVEDIR)?;
+        } else {
+            remove_one(root, &place, AtFlags::empty())?;
+        }
+    }
+    Ok(())
+}
+
+/// Two may be removing at once.
+fn remove_one(root: BorrowedFd<'_>, path: &str, flags: AtFlags) -> Result<(), Errno> {
+    match unlinkat(root, path, flags) {
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed,
+    }
+}
