@@ -72,6 +72,7 @@ pub(super) fn prepare(context: &Context, options: &Create) -> Result<Plan, Error
     let guest = match &joined {
         Some(joined) => {
             joined.judge(&loaded.spec)?;
+            joined.refuse_options(options.guest_log.is_some() || options.guest_debug)?;
             joined.guest
         }
         None => guest_size::of(&loaded.spec, &context.config, Host::this())?,

@@ -69,6 +69,26 @@ impl ContainerOrder {
         Ok(())
     }
 
+    /// The order to join the VM that has the network namespace which the configuration names, if it
+    /// is one of ours.
+    pub(super) fn joining(
+        &self,
+        (loaded, checked): (&Loaded, &Checked),
+        container: &Container,
+    ) -> Result<Option<(Self, Joined)>, LaunchError> {
+        let Some(joined) = pod::find_by_network(&container.root(), &checked.paths)? else {
+            return Ok(None);
+        };
+        joined.judge(&loaded.spec)?;
+        joined.refuse_options(self.guest_log.is_some())?;
+        let order = Self {
+            guest: joined.guest,
+            joined: Some(joined.clone()),
+            ..self.clone()
+        };
+        Ok(Some((order, joined)))
+    }
+
     /// The VM that follows from it; `directory` is the container's.
     pub(super) fn vm_config(&self, directory: &Path, share: &Share) -> VmConfig {
         VmConfig {

@@ -102,6 +102,12 @@ pub enum PodError {
         /// Whose VM it is.
         sandbox: String,
     },
+    /// Options for another VM.
+    #[error(
+        "--guest-log and --guest-debug are not possible here: the container joins the virtual machine \
+         of container {0:?}, which runs already; give them to that one"
+    )]
+    Option(String),
     /// The state of others cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
@@ -189,28 +195,30 @@ pub fn find(root: &StateRoot, paths: &[NamespacePath]) -> Result<Option<Joined>,
     Ok(joined)
 }
 
-/// The container of this host's network namespace: for one that was found to be taken, whose path
-/// names no process.
+/// The same for a network namespace that was found to be taken, and whose path names no process: it
+/// is known by its number.
 pub fn find_by_network(
     root: &StateRoot,
-    path: &NamespacePath,
-    before: Option<Joined>,
+    paths: &[NamespacePath],
 ) -> Result<Option<Joined>, PodError> {
     let identity = |path: &Path| {
         let metadata = fs::metadata(path).ok()?;
         Some((metadata.dev(), metadata.ino()))
     };
-    let Some(wanted) = identity(&path.path) else {
+    let mut networks = paths.iter();
+    let network = networks.rfind(|path| path.kind == LinuxNamespaceType::Network);
+    let Some((path, wanted)) = network.and_then(|path| Some((path, identity(&path.path)?))) else {
         return Ok(None);
     };
-    let mut joined = before;
+    let mut joined = find(root, paths)?;
     for (_, record) in living(root)? {
-        let of_it = record.monitor.is_some_and(|monitor| {
+        let is_its = record.monitor.is_some_and(|monitor| {
             let own = format!("/proc/{}/ns/net", monitor.pid);
             // Looked at while it lives, so that the number means it.
             identity(Path::new(&own)) == Some(wanted) && monitor.is_alive()
         });
-        if of_it && record.vmm.is_some() {
+        let status = record.current_status();
+        if is_its && status != ContainerStatus::Creating {
             add_namespace(&mut joined, path, "network", &record)?;
             return Ok(joined);
         }
@@ -291,6 +299,15 @@ fn add_namespace(
 impl Joined {
     /// Judges what the container asks for that the VM must have.
     pub fn judge(&self, spec: &Spec) -> Result<(), PodError> {
+        for name in spec.annotations().iter().flat_map(|all| all.keys()) {
+            if crate::guest_size::ANNOTATIONS.contains(&name.as_str()) {
+                tracing::warn!(
+                    "the annotation {name:?} has no effect: the virtual machine is that of \
+                     container {:?}, which was made before",
+                    self.sandbox
+                );
+            }
+        }
         let limit = spec
             .linux()
             .as_ref()
@@ -305,6 +322,14 @@ impl Joined {
                 sandbox: self.sandbox.clone(),
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// Refuses options that are for a VM that is made.
+    pub fn refuse_options(&self, guest_log: bool) -> Result<(), PodError> {
+        match guest_log {
+            true => Err(PodError::Option(self.sandbox.clone())),
+            false => Ok(()),
         }
     }
 }

@@ -16,6 +16,7 @@ mod lifecycle;
 mod limits;
 mod mutants;
 mod network;
+mod pods;
 mod pressure;
 mod process;
 mod security;
@@ -91,6 +92,7 @@ pub(crate) fn all() -> Vec<Case> {
         bad_input::cases(),
         mutants::cases(),
         network::cases(),
+        pods::cases(),
         pressure::cases(),
         broken_host::cases(),
         vm::cases(),

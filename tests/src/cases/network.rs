@@ -17,9 +17,9 @@ use super::vm::vmm;
 
 super::cases!(network;
     common: both_ways, big_transfers, routes_and_neighbours, several_interfaces, large_and_small_frames,
-        empty_namespace, hook_brings_the_interface;
+        empty_namespace, hook_brings_the_interface, two_in_a_namespace, processes_shared_and_not_the_network;
     vm: interface_comes_and_goes, what_changes_is_followed, host_network_is_refused, namespace_that_is_none,
-        namespace_vanishes, one_guest_a_namespace, interface_no_guest_can_have, state_shows_the_namespace,
+        namespace_vanishes, interface_no_guest_can_have, state_shows_the_namespace,
         monitor_killed, vmm_killed);
 
 /// A network namespace with an interface `eth0`, whose other end the test host has.
@@ -446,14 +446,50 @@ fn namespace_vanishes(scene: &Scene) -> Result<()> {
     scene.expect_nothing_left()
 }
 
-fn one_guest_a_namespace(scene: &Scene) -> Result<()> {
+/// Named by a path that tells nothing of a container.
+fn two_in_a_namespace(scene: &Scene) -> Result<()> {
     let wire = Wire::new()?;
     let container = start(scene, &wire, "true")?;
-    let second = wire.bundle(scene, "true")?;
-    refused(scene, &second, &["is used by another Bulkhead container"])?;
+    let script =
+        "ip -4 address show dev eth0 | grep -o 10.77.0.2; ping -c 1 -w 20 10.77.0.1; echo $$";
+    let second = wire.bundle(scene, script)?;
+    scene.run(&second)?.ok()?.says(&["10.77.0.2\n", "1\n"])?;
+    let second = start(scene, &wire, "nc -l -p 4321 >/tmp/got & true")?;
+    exec(
+        scene,
+        &container,
+        "until echo hello | nc 127.0.0.1 4321; do sleep 0.1; done",
+    )?;
+    exec(
+        scene,
+        &second,
+        "until grep hello /tmp/got; do sleep 0.1; done",
+    )?;
+    scene.destroy(&second.id)?;
     exec(scene, &container, "ping -c 1 -w 20 10.77.0.1")?;
     scene.destroy(&container.id)?;
-    scene.run(&second)?.ok()?;
+    wire.untouched(scene)
+}
+
+/// Its interface is another one of the guest that it joins.
+fn processes_shared_and_not_the_network(scene: &Scene) -> Result<()> {
+    let wire = Wire::new()?;
+    let mut first = scene.start(&scene.bundle()?.shell("echo ready; sleep 1000"))?;
+    first.streams.wait_for("ready\n")?;
+    for _ in 0..2 {
+        let script = "ps | grep -q 'sleep [1]000'; ping -c 1 -w 20 10.77.0.1";
+        let bundle = wire.bundle(scene, script)?.with(|spec| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut();
+            for namespace in namespaces.into_iter().flatten() {
+                if namespace["type"] == "pid" {
+                    namespace["path"] = json!(format!("/proc/{}/ns/pid", first.pid));
+                }
+            }
+        });
+        scene.run(&bundle)?.ok()?.says(&["1 packets received"])?;
+    }
+    exec(scene, &first, "test ! -e /sys/class/net/eth0")?;
+    scene.destroy(&first.id)?;
     wire.untouched(scene)
 }
 

@@ -30,11 +30,10 @@ const SOCKETS: [&str; 2] = ["vsock.sock", CONTROL];
 pub(super) fn launch<'a>(
     (order, joined): (&ContainerOrder, &Joined),
     (loaded, checked): (&Loaded, &Checked),
-    container: &'a Container,
+    (container, stand_in): (&'a Container, Option<&StandIn>),
     timeline: Timeline,
     signals: &mut Signals,
     host: HostStdio,
-    stand_in: Option<&StandIn>,
 ) -> Result<Sandbox<'a>, LaunchError> {
     let record = note(container, joined)?;
     link_sockets(container, joined)?;

@@ -44,7 +44,7 @@ use crate::{
     cgroup::{Cgroup, CgroupError, Limits},
     disks::{self, Disks},
     hooks::HookError,
-    network::NetworkError,
+    network::{NamespaceError, NetworkError},
     pod::{PieceError, PodError},
     share::{self, Share},
     shm,
@@ -202,7 +202,18 @@ pub fn launch<'a>(
     config.disks.extend(disks.configs.iter().cloned());
     launch.vm.configure(&config)?;
     launch.record_cgroup(&share)?;
-    launch.enter_network(checked.network.as_deref(), stand_in)?;
+    match launch.enter_network(checked.network.as_deref(), stand_in) {
+        Ok(()) => {}
+        // By a path that names no process.
+        Err(LaunchError::Network(NetworkError::Namespace(NamespaceError::Taken(path)))) => {
+            let timeline = launch.timeline.clone();
+            drop((launch, ready));
+            let taken = || NetworkError::from(NamespaceError::Taken(path)).into();
+            let (order, joined) = order.joining(of, container)?.ok_or_else(taken)?;
+            return member::launch((&order, &joined), of, places, timeline, signals, host);
+        }
+        Err(error) => return Err(error),
+    }
     launch.boot(&mut ready)?;
     launch.create_hooks()?;
     launch.attach_interfaces()?;

@@ -178,12 +178,7 @@ fn of_another_container(engine: &Engine) -> Result<()> {
         &["--network", "container:made-owner"],
         "ip -4 addr show dev eth0; timeout 5 wget -qO- http://127.0.0.1/",
     )?;
-    if engine.bulkhead() {
-        // Two machines cannot have one loopback device; the address they would share.
-        ensure!(output.code() != 0, "{output}");
-    } else {
-        output.ok()?.says(&["hello from made-owner"])?;
-    }
+    output.ok()?.says(&["inet ", "hello from made-owner"])?;
     engine.remove(&["made-owner"])
 }
 
