@@ -75,6 +75,8 @@ const CASES: &[Case] = &[
     ("containers share namespaces", &[], pods::shared_namespaces),
     ("the end of one container of several", &[], pods::ends),
     ("containers that cannot be joined", &[], pods::refusals),
+    ("mounts of another container", &[], pods::joined_mounts),
+    ("a container whose monitor is lost", &[], pods::monitor_lost),
     (
         "want of memory beside another container",
         &["memory"],

@@ -205,3 +205,82 @@ pub(crate) fn out_of_memory(fixture: &Fixture) {
     assert_eq!(run.stdout, "alive\n");
     container.remove_by_force();
 }
+
+/// `/dev/shm` of one container becomes that of another.
+pub(crate) fn joined_mounts(fixture: &Fixture) {
+    let container = first(fixture, "echo own >/dev/shm/file; exec sleep 4321");
+    let ready = "until test -e /dev/shm/file; do sleep 0.1; done";
+    assert_eq!(container.exec("ready", &["sh", "-c", ready], b"").status, 0);
+    let mut spec = joining(
+        &["sh", "-c", "cat /dev/shm/file; echo back >/dev/shm/other"],
+        &["ipc"],
+    );
+    let mounts = spec["mounts"].as_array().expect("array");
+    let shm = mounts.iter().position(|m| m["destination"] == "/dev/shm");
+    let index = u32::try_from(shm.expect("a mount")).expect("small");
+    spec["mounts"][index as usize] = json!({"destination": "/dev/shm", "type": "bind",
+        "source": "/somewhere", "options": ["bind", "rprivate", "nosuid"]});
+    let create = |id: &str, of: &str, stdio: Stdio| {
+        fixture.create_with(id, &spec, stdio, |request| {
+            request.join_namespaces = [("ipc".to_owned(), "first".to_owned())].into();
+            request.join_mounts = [(index, of.to_owned())].into();
+        })
+    };
+    let streams = Streams::new(fixture, b"");
+    if let Reply::Refused(code, message) = create("second", "first", streams.stdio()) {
+        panic!("{code}: {message}");
+    }
+    let second = fixture.container("second");
+    second.try_start().expect("started");
+    let run = streams.collect(|| second.wait());
+    assert_eq!((run.stdout.as_str(), run.stderr.as_str()), ("own\n", ""));
+    second.remove();
+    let run = container.exec("look", &["cat", "/dev/shm/other"], b"");
+    assert_eq!(run.stdout, "back\n");
+    let Reply::Refused(_, message) = create("third", "nobody", Stdio::new()) else {
+        panic!("created");
+    };
+    assert!(message.contains("that of container nobody"), "{message}");
+    // A link in the other container leads nowhere.
+    let link = "rm -r /dev/shm 2>/dev/null; umount /dev/shm; rmdir /dev/shm; ln -s /etc /dev/shm";
+    let mut process = spec_of_root(&["sh", "-c", link]);
+    for set in ["bounding", "effective", "permitted"] {
+        process["capabilities"][set] = json!(["CAP_SYS_ADMIN"]);
+    }
+    container.exec_process("link", &process, b"");
+    let Reply::Refused(_, message) = create("fourth", "first", Stdio::new()) else {
+        panic!("created");
+    };
+    assert!(message.contains("/dev/shm of the container"), "{message}");
+    container.remove_by_force();
+}
+
+fn spec_of_root(arguments: &[&str]) -> Value {
+    spec(arguments)["process"].clone()
+}
+
+/// Whoever stands for a container goes away, and the container with it.
+pub(crate) fn monitor_lost(fixture: &Fixture) {
+    let container = first(fixture, "exec sleep 4321");
+    let joins = joining(&["sleep", "1234"], &ALL);
+    let reply = fixture.create_joining("second", &joins, &others(&ALL, "first"), Stdio::new());
+    assert!(matches!(reply, Reply::Created(_)));
+    fixture.container("second").try_start().expect("started");
+    fixture.stand_for_and_leave("second");
+    let gone = "while ps | grep -q 'sleep [1]234'; do sleep 0.1; done";
+    assert_eq!(container.exec("gone", &["sh", "-c", gone], b"").status, 0);
+    // Its name is free again once it is removed.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        let reply = fixture.create_joining("second", &joins, &others(&ALL, "first"), Stdio::new());
+        match reply {
+            Reply::Created(_) => break,
+            Reply::Refused(_, message) => {
+                assert!(message.contains("exists already"), "{message}");
+                assert!(std::time::Instant::now() < deadline, "{message}");
+            }
+        }
+    }
+    fixture.container("second").remove_by_force();
+    container.remove_by_force();
+}

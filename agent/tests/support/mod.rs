@@ -17,7 +17,7 @@ use std::{
 pub(crate) use self::container::Container;
 use bulkhead_agent_protocol::{
     client::AgentClient,
-    messages::{CreateContainerRequest, SetNetworkRequest, Stdio},
+    messages::{CreateContainerRequest, SetNetworkRequest, Stdio, WaitProcessRequest},
 };
 use serde_json::{Value, json};
 use ttrpc::context::with_timeout;
@@ -296,6 +296,21 @@ impl Fixture {
 
     pub(crate) fn set_network(&self, request: &SetNetworkRequest) {
         self.try_set_network(request).expect("set");
+    }
+
+    /// Waits for a container's end as its monitor does, then breaks the connection.
+    pub(crate) fn stand_for_and_leave(&self, id: &str) {
+        let address = format!("unix://{}", self.directory.join("rpc").display());
+        let client = AgentClient::new(ttrpc::Client::connect(&address).expect("connected"));
+        let request = WaitProcessRequest {
+            container_id: id.to_owned(),
+            stands_for_container: true,
+            ..Default::default()
+        };
+        let moment = std::time::Duration::from_millis(500);
+        let timeout = i64::try_from(moment.as_nanos()).expect("short");
+        let answer = client.wait_process(with_timeout(timeout), &request);
+        answer.expect_err("nobody has waited so long");
     }
 
     /// Connects a stream and returns its number.

@@ -181,7 +181,7 @@ fn hand_over(
     plan: &Plan,
     container: &Container,
 ) -> Result<(), Error> {
-    let order = Order::Container(order(context, options, plan)?);
+    let order = Order::Container(Box::new(order(context, options, plan)?));
     let held = container.open_held(MONITOR_LOCK)?;
     let mut monitor = monitor::spawn(&context.monitor_options()?, Some(held))?;
     let identity = ProcessIdentity::of(monitor.pid())

@@ -31,7 +31,7 @@ use super::{exec::ExecOrder, order::ContainerOrder};
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Order {
     /// Make a container, and stand for its process.
-    Container(ContainerOrder),
+    Container(Box<ContainerOrder>),
     /// Run a process in a container, and stand for it.
     Exec(ExecOrder),
 }

@@ -10,7 +10,14 @@ use bulkhead_vmm::config::{DiskConfig, ShareConfig, VmConfig, VsockConfig};
 use serde::{Deserialize, Serialize};
 
 use super::launch::LaunchError;
-use crate::{cgroup::Driver, guest_size::GuestSize, pod::Joined, share::Share, state::SOCKETS};
+use crate::{
+    cgroup::Driver,
+    guest_size::GuestSize,
+    pod::{self, Joined},
+    share::Share,
+    spec::{Loaded, check::Checked},
+    state::{Container, SOCKETS},
+};
 
 /// The program that the guest's kernel starts.
 const INIT: &str = "/sbin/bulkhead-agent";

@@ -233,8 +233,8 @@ impl Vm for Obedient {
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<(), VmError> {
-        Ok(())
+    fn stop(&mut self) -> Result<crate::vm::Stop, VmError> {
+        Ok(crate::vm::Stop::Ended)
     }
 }
 

@@ -12,13 +12,16 @@ use super::pieces::{self, PieceError, directory_of};
 use crate::{
     agent::{self, AgentError, rpc::RpcError},
     cgroup::{Cgroup, CgroupError},
-    state::{Container, Record},
+    state::{Container, ProcessIdentity, Record},
     vm::VmProcess,
     wait::Deadline,
 };
 
 /// For the agent to end what still runs of the container, and to write out what it has on disks.
 const REMOVE_LIMIT: Duration = Duration::from_secs(30);
+
+/// For a VM whose last owner has gone.
+const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// Something of the container is left in the VM.
 #[derive(Debug, Error)]
@@ -42,16 +45,24 @@ pub fn leave(container: &Container, record: &Record) -> Result<(), LeaveError> {
     let Some(vmm) = record.vmm.filter(|vmm| vmm.is_alive()) else {
         return Ok(());
     };
-    let removed = remove_from_guest(container);
+    let removed = remove_from_guest(container).map_err(|source| LeaveError::Guest {
+        id: record.id.clone(),
+        source,
+    });
     // Its files go from the guest in any case.
-    pieces::remove(vmm, &directory_of(record))?;
-    match removed {
-        // The VM has ended meanwhile, and the container with it.
-        Err(_) if !vmm.is_alive() => Ok(()),
-        removed => removed.map_err(|source| LeaveError::Guest {
-            id: record.id.clone(),
-            source,
-        }),
+    let taken = pieces::remove(vmm, &directory_of(record)).map_err(LeaveError::from);
+    match removed.and(taken) {
+        // The others have left meanwhile, and what fails does because the VM ends.
+        Err(_) if is_ending(vmm) => Ok(()),
+        left => left,
+    }
+}
+
+fn is_ending(vmm: ProcessIdentity) -> bool {
+    match vmm.open() {
+        Ok(Some(process)) => process.wait(END_LIMIT).unwrap_or(false),
+        Ok(None) => true,
+        Err(_) => false,
     }
 }
 
@@ -93,7 +104,7 @@ pub fn pass_on(
     };
     if Cgroup::at(&record.cgroup)?.holds(vmm.pid) {
         match Cgroup::at(&heir.cgroup)?.place(vmm.pid) {
-            Err(error) if vmm.is_alive() => return Err(error),
+            Err(error) if !is_ending(vmm) => return Err(error),
             _ => {}
         }
     }

@@ -347,3 +347,108 @@ pub fn others(container: &Container, record: &Record) -> Result<Vec<Record>, Pod
     others.retain(|other| other.vmm == Some(vmm) && other.id != record.id);
     Ok(others)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [(LinuxNamespaceType, &str); 2] = [
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Network, "net"),
+    ];
+
+    fn path(kind: LinuxNamespaceType, path: &str) -> NamespacePath {
+        NamespacePath {
+            field: "linux.namespaces[0].path".to_owned(),
+            kind,
+            path: path.into(),
+        }
+    }
+
+    /// A container whose monitor is this process, in a VM that is this process, too.
+    fn container(root: &StateRoot, id: &str, change: impl FnOnce(&mut Record)) {
+        let own = ProcessIdentity::own().unwrap();
+        let container = root.create(id).unwrap();
+        let mut record = Record::new(id, Path::new("/b"), "1.2.0", own);
+        (record.monitor, record.vmm) = (Some(own), Some(own));
+        record.status = ContainerStatus::Running;
+        record.guest.memory_mib = 256;
+        change(&mut record);
+        container.lock().unwrap().write(&record).unwrap();
+    }
+
+    fn own(name: &str) -> String {
+        format!("/proc/{}/ns/{name}", std::process::id())
+    }
+
+    #[test]
+    fn a_container_is_found_by_its_process() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = StateRoot::new(directory.path().join("state"));
+        // Namespaces of nobody: the network's is the host's affair, the other's is refused.
+        let nobodys = find(&root, &[path(KINDS[1].0, &own("net"))]).unwrap();
+        assert_eq!(nobodys, None);
+        let error = find(&root, &[path(KINDS[0].0, &own("ipc"))]).unwrap_err();
+        assert!(matches!(error, PodError::Foreign { .. }), "{error}");
+        container(&root, "one", |record| {
+            record.sandbox = Some("first".to_owned())
+        });
+        let paths = KINDS.map(|(kind, file)| path(kind, &own(file)));
+        let joined = find(&root, &paths).unwrap().unwrap();
+        assert_eq!((&*joined.sandbox, &*joined.through), ("first", "one"));
+        assert_eq!(joined.network.as_deref(), Some(Path::new(&own("net"))));
+        let names: Vec<_> = joined.namespaces.keys().map(String::as_str).collect();
+        assert_eq!(names, ["ipc", "network"]);
+        // By a link, which leads to the same process.
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink("/proc/self/ns", &link).unwrap();
+        let linked = link.join("ipc");
+        let joined = find(&root, &[path(KINDS[0].0, linked.to_str().unwrap())]).unwrap();
+        assert_eq!(joined.unwrap().through, "one");
+        // Limits are judged by the machine that is there.
+        let limited = |limit: u64| -> Spec {
+            serde_json::from_value(serde_json::json!({"ociVersion": "1.0.0",
+                "linux": {"resources": {"memory": {"limit": limit}}}}))
+            .unwrap()
+        };
+        let joined = find(&root, &paths).unwrap().unwrap();
+        joined.judge(&limited(256 << 20)).unwrap();
+        let error = joined.judge(&limited((256 << 20) + 1)).unwrap_err();
+        assert!(error.to_string().contains("257 MiB do not fit"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_joined_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = StateRoot::new(directory.path().join("state"));
+        container(&root, "one", |record| {
+            record.status = ContainerStatus::Creating
+        });
+        let refused = |kind, place: &str| {
+            let error = find(&root, &[path(kind, place)]).unwrap_err().to_string();
+            assert!(error.contains("linux.namespaces[0].path"), "{error}");
+            error
+        };
+        let error = refused(LinuxNamespaceType::Ipc, &own("ipc"));
+        assert!(error.contains("is creating"), "{error}");
+        let error = refused(LinuxNamespaceType::Ipc, &own("uts"));
+        assert!(error.contains("not a namespace of type ipc"), "{error}");
+        for place in [
+            "/proc/1/ns/ipc",
+            "/nowhere/ns/ipc",
+            "/etc/passwd",
+            "/",
+            "relative",
+        ] {
+            let error = refused(LinuxNamespaceType::Ipc, place);
+            assert!(
+                error.contains("no namespace of a Bulkhead container"),
+                "{error}"
+            );
+        }
+        for kind in [LinuxNamespaceType::User, LinuxNamespaceType::Mount] {
+            let error = refused(kind, &own("user"));
+            assert!(error.contains("cannot share"), "{error}");
+        }
+    }
+}

@@ -115,7 +115,7 @@ pub(super) fn remove(vmm: ProcessIdentity, directory: &str) -> Result<(), PieceE
         Err(error) => return Err(error),
     };
     let target = directory.to_owned();
-    let removed = inside(process, move |root| {
+    inside(process, move |root| {
         let place = format!("{}/{target}", below(SHARE));
         empty(root, &place)
             .and_then(|()| remove_one(root, &place, AtFlags::REMOVEDIR))
@@ -124,12 +124,7 @@ pub(super) fn remove(vmm: ProcessIdentity, directory: &str) -> Result<(), PieceE
                 target,
                 source: error.into(),
             })
-    });
-    match removed {
-        // It has ended meanwhile.
-        Err(_) if !vmm.is_alive() => Ok(()),
-        removed => removed,
-    }
+    })
 }
 
 fn open(vmm: ProcessIdentity) -> Result<LiveProcess, PieceError> {

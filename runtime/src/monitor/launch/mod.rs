@@ -166,16 +166,9 @@ pub fn launch<'a>(
         runtime_started: Moment::at(order.began),
         ..Timeline::default()
     };
+    let places = (container, stand_in);
     if let Some(joined) = &order.joined {
-        return member::launch(
-            (order, joined),
-            of,
-            container,
-            timeline,
-            signals,
-            host,
-            stand_in,
-        );
+        return member::launch((order, joined), of, places, timeline, signals, host);
     }
     order.check_installation()?;
     // Every process of the VM holds this file open and by it the lock, recorded or not yet: so
@@ -208,8 +201,9 @@ pub fn launch<'a>(
         Err(LaunchError::Network(NetworkError::Namespace(NamespaceError::Taken(path)))) => {
             let timeline = launch.timeline.clone();
             drop((launch, ready));
-            let taken = || NetworkError::from(NamespaceError::Taken(path)).into();
-            let (order, joined) = order.joining(of, container)?.ok_or_else(taken)?;
+            let Some((order, joined)) = order.joining(of, container)? else {
+                return Err(NetworkError::from(NamespaceError::Taken(path)).into());
+            };
             return member::launch((&order, &joined), of, places, timeline, signals, host);
         }
         Err(error) => return Err(error),
