@@ -45,7 +45,15 @@ impl Prepared {
             "true",
         ];
         match kind {
-            Kind::Podman => engine(kind, &[&["--runtime", "crun"], &first[..]].concat()),
+            Kind::Podman => {
+                engine(kind, &[&["--runtime", "crun"], &first[..]].concat())?;
+                // With its first pod Podman makes an image for the container that holds one.
+                engine(
+                    kind,
+                    &["pod", "create", "--name", "made-first", "--network", "none"],
+                )?;
+                engine(kind, &["pod", "rm", "made-first"])
+            }
             Kind::Docker => engine(kind, &[&["run", "--runtime", "runc"], &first[1..]].concat()),
         }
     }
