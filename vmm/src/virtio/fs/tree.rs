@@ -192,8 +192,16 @@ impl FileSystem for Tree {
         Ok((entry, handle, options))
     }
 
+    /// Files are made as the user who asks, whom the guest has judged. It may know of capabilities that
+    /// the host cannot (those of a user namespace over this user's directories), so the right to write
+    /// anywhere stays with the server's thread: the library keeps it for guests that do not tell
+    /// supplementary groups.
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.0
+            .init(capable.difference(FsOptions::CREATE_SUPP_GROUP))
+    }
+
     pass_on! {
-        init(&self, capable: FsOptions) -> io::Result<FsOptions>;
         destroy(&self);
         lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry>;
         forget(&self, ctx: Context, inode: u64, count: u64);
