@@ -280,17 +280,32 @@ pub(crate) struct BpfInstruction {
     pub immediate: i32,
 }
 
-/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE and attaches it to a cgroup, in place of an
-/// earlier one if given. It stays attached when what is returned is closed.
-pub(crate) fn attach_device_filter(
+/// What a program that is attached to a cgroup decides: BPF_PROG_TYPE_… and BPF_CGROUP_… of
+/// include/uapi/linux/bpf.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BpfHook(u32, u32);
+
+impl BpfHook {
+    /// Accesses to devices.
+    pub(crate) const DEVICE: Self = Self(15, 6);
+    /// Where connect(2) leads, IPv4.
+    pub(crate) const CONNECT: Self = Self(18, 10);
+    /// Where sendmsg(2) of a UDP socket that is not connected leads, IPv4.
+    pub(crate) const SEND: Self = Self(18, 14);
+    /// Whence recvmsg(2) of a UDP socket says that a datagram came, IPv4.
+    pub(crate) const RECEIVE: Self = Self(18, 19);
+}
+
+/// Loads a program and attaches it to a cgroup, in place of an earlier one if given. It stays attached
+/// when what is returned is closed.
+pub(crate) fn attach_program(
+    hook: BpfHook,
     cgroup: BorrowedFd<'_>,
     program: &[BpfInstruction],
     replaced: Option<BorrowedFd<'_>>,
 ) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: i32 = 5;
     const BPF_PROG_ATTACH: i32 = 8;
-    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    const BPF_CGROUP_DEVICE: u32 = 6;
     const BPF_F_ALLOW_MULTI: u32 = 2;
     const BPF_F_REPLACE: u32 = 4;
     #[repr(C)]
@@ -304,6 +319,9 @@ pub(crate) fn attach_device_filter(
         log: u64,
         kernel_version: u32,
         flags: u32,
+        name: [u8; 16],
+        interface: u32,
+        attach_type: u32,
     }
     #[repr(C)]
     struct Attach {
@@ -314,7 +332,7 @@ pub(crate) fn attach_device_filter(
         replaced: u32,
     }
     let load = Load {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        program_type: hook.0,
         instructions: u32::try_from(program.len()).map_err(|_| io::ErrorKind::FileTooLarge)?,
         instruction_pointer: program.as_ptr() as u64,
         license: c"Apache-2.0".as_ptr() as u64,
@@ -323,6 +341,9 @@ pub(crate) fn attach_device_filter(
         log: 0,
         kernel_version: 0,
         flags: 0,
+        name: [0; 16],
+        interface: 0,
+        attach_type: hook.1,
     };
     // SAFETY: `load` begins like `union bpf_attr` for BPF_PROG_LOAD and is valid for its size; its
     // pointers are valid for the call.
@@ -334,7 +355,7 @@ pub(crate) fn attach_device_filter(
     let attach = Attach {
         target: raw_unsigned(cgroup),
         program: raw_unsigned(descriptor.as_fd()),
-        attach_type: BPF_CGROUP_DEVICE,
+        attach_type: hook.1,
         flags: BPF_F_ALLOW_MULTI | replaced.map_or(0, |_| BPF_F_REPLACE),
         replaced: replaced.map_or(0, raw_unsigned),
     };

@@ -6,6 +6,8 @@
 pub mod oci;
 mod unique;
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 #[allow(
@@ -32,6 +34,15 @@ pub const STDIO_PORT: u32 = 1025;
 /// Host port to which the agent connects when it is ready; it writes one [`Greeting`] as a line of
 /// JSON and closes.
 pub const READY_PORT: u32 = 1024;
+/// Host port to which the agent connects for each query to the host's name server at
+/// [`RESOLVER_ADDRESS`] (agent.proto, `SetNetworkRequest.resolver`).
+pub const RESOLVER_PORT: u32 = 1025;
+/// Where Docker has a name server for the containers of a network, port 53.
+pub const RESOLVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
+/// First byte of a stream to [`RESOLVER_PORT`]: one query that came as a datagram.
+pub const RESOLVE_DATAGRAM: u8 = 1;
+/// First byte of a stream to [`RESOLVER_PORT`]: a TCP connection.
+pub const RESOLVE_STREAM: u8 = 2;
 /// virtio-fs tag of the share that holds root filesystems and bind-mount sources.
 pub const SHARE_TAG: &str = "share";
 

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     error::{Attempt, Error, Result},
-    sys,
+    sys::{self, BpfHook},
 };
 use bulkhead_agent_protocol::ErrorKind;
 
@@ -178,7 +178,7 @@ impl Cgroup {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let replaced = present.as_ref().map(AsFd::as_fd);
-        let program = sys::attach_device_filter(self.directory(), &program, replaced)
+        let program = sys::attach_program(BpfHook::DEVICE, self.directory(), &program, replaced)
             .or_cannot(|| "load the device filter (linux.resources.devices)")?;
         *present = Some(program);
         Ok(())

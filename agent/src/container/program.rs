@@ -80,7 +80,8 @@ fn not_found(name: &str, why: &str) -> Error {
 fn not_executable(name: &str, error: Errno) -> Error {
     let why = match error {
         Errno::ACCESS | Errno::PERM => "permission denied".to_owned(),
-        Errno::ISDIR => "is a directory".to_owned(),
+        // Docker knows programs that cannot be run by the last words.
+        Errno::ISDIR => "is a directory: permission denied".to_owned(),
         Errno::NOEXEC => "exec format error".to_owned(),
         Errno::LOOP => "too many levels of symbolic links".to_owned(),
         other => other.to_string(),
@@ -184,7 +185,7 @@ mod tests {
             ),
             (
                 c"/etc",
-                r#"exec: "/etc": is a directory"#,
+                r#"exec: "/etc": is a directory: permission denied"#,
                 ErrorKind::ProgramNotExecutable,
             ),
             (

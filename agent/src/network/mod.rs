@@ -7,6 +7,7 @@ mod apply;
 mod bus;
 mod messages;
 mod netlink;
+mod resolver;
 mod wanted;
 
 use std::{
@@ -20,7 +21,10 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 pub use bus::Bus;
 
-use self::apply::{Applied, Change};
+use self::{
+    apply::{Applied, Change},
+    resolver::Resolver,
+};
 use crate::{
     container::sysctl,
     error::{Attempt, Result},
@@ -43,6 +47,7 @@ pub struct Host {
 pub struct Network {
     namespace: OwnedFd,
     applied: Mutex<Applied>,
+    resolver: Mutex<Option<Resolver>>,
 }
 
 impl Network {
@@ -51,6 +56,7 @@ impl Network {
         Self {
             namespace,
             applied: Mutex::default(),
+            resolver: Mutex::default(),
         }
     }
 
@@ -70,11 +76,23 @@ impl Network {
             proc,
             wanted: &wanted,
         };
-        change.run(&mut applied)
+        change.run(&mut applied)?;
+        self.set_resolver(host, request.resolver)
+    }
+
+    fn set_resolver(&self, host: &Host, wanted: bool) -> Result<()> {
+        let mut resolver = self.resolver.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wanted {
+            *resolver = None;
+        } else if resolver.is_none() {
+            *resolver = Some(Resolver::start(self.namespace.as_fd(), host)?);
+        }
+        Ok(())
     }
 
     /// Takes the devices of the namespace back.
     pub(crate) fn clear(&self, host: &Host) -> Result<()> {
+        self.set_resolver(host, false)?;
         let mut applied = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
         applied.clear(host)
     }

@@ -21,6 +21,7 @@ use super::{
     namespace::Namespace,
     netlink::{Changes, Netlink},
     redirect::{self, Tie},
+    resolver,
     routes::mac_text,
     scan::{self, Link, View},
     tap::{self, Tap},
@@ -56,6 +57,8 @@ struct Interface {
     largest_mtu: u16,
     /// The tap's.
     mtu: u16,
+    /// What the namespace's own name server is answered comes to that.
+    admits_answers: bool,
     stage: Stage,
 }
 
@@ -78,6 +81,8 @@ pub struct Network<'a> {
     interfaces: Vec<Interface>,
     /// How many interfaces there have ever been.
     count: u64,
+    /// Whether the guest's questions to a name server are passed on.
+    resolves: bool,
     /// What people were told.
     said: BTreeSet<String>,
     /// What the guest's namespace is.
@@ -102,6 +107,7 @@ impl<'a> Network<'a> {
             view: None,
             interfaces: Vec::new(),
             count: 0,
+            resolves: false,
             said: BTreeSet::new(),
             set: SetNetworkRequest {
                 container_id: container.id().to_owned(),
@@ -153,8 +159,28 @@ impl<'a> Network<'a> {
         self.release(vm)?;
         problems.extend(self.follow_mtu(&view));
         self.attach_new(&view, vm, &mut problems)?;
+        if view.resolver {
+            problems.extend(self.resolve().err());
+        }
         self.view = Some(view);
         Ok(problems)
+    }
+
+    /// Passes the guest's questions to the name server, and servers' answers to that.
+    fn resolve(&mut self) -> Result<(), NetworkError> {
+        if !self.resolves {
+            resolver::serve(self.container).map_err(NetworkError::Resolver)?;
+            self.resolves = true;
+        }
+        for interface in &mut self.interfaces {
+            if interface.tap != 0 && !interface.admits_answers {
+                interface
+                    .tie
+                    .admit_answers(&mut self.netlink, interface.tap)?;
+                interface.admits_answers = true;
+            }
+        }
+        Ok(())
     }
 
     /// Marks what is gone from the host, or needs another device.
@@ -282,6 +308,7 @@ impl<'a> Network<'a> {
             tap: 0,
             largest_mtu: link.mtu,
             mtu: link.mtu,
+            admits_answers: false,
             stage: Stage::Refused,
         });
         let tap = Tap::make(&mut self.netlink, link.mtu)?;
@@ -412,6 +439,7 @@ impl<'a> Network<'a> {
         let neighbours = view.neighbours.iter().filter(|one| there(&one.device));
         (request.routes, request.neighbours) =
             (routes.cloned().collect(), neighbours.cloned().collect());
+        request.resolver = view.resolver && self.resolves;
         request
     }
 

@@ -16,6 +16,7 @@ mod image;
 mod namespace;
 mod netlink;
 mod redirect;
+mod resolver;
 mod routes;
 mod scan;
 mod tap;
@@ -62,6 +63,9 @@ pub enum NetworkError {
         #[source]
         source: NetlinkError,
     },
+    /// Docker's name server cannot be offered to the guest.
+    #[error("cannot offer the network's name server at 127.0.0.11 to the guest")]
+    Resolver(#[source] io::Error),
     /// The VMM would not have it.
     #[error("cannot attach interface {interface:?} to the virtual machine: {message}")]
     Attach {

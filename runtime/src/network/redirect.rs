@@ -2,7 +2,7 @@
 //! before the host's own network stack sees it. So the host answers nothing that is meant for the
 //! guest, though it keeps the interface's addresses.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, ops::RangeInclusive};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
@@ -21,13 +21,19 @@ use serde::{Deserialize, Serialize};
 use super::{
     NetworkError,
     netlink::{Netlink, NetlinkError},
+    resolver::FIRST_PORT,
 };
 
 /// Our filters' preference: nobody's default, and after what others have set, so that a policy of
 /// theirs can drop a packet first.
 const PREFERENCE: u16 = 47_700;
+/// Of the filters before them, by which answers reach a name server in the namespace.
+const ADMITTING: RangeInclusive<u16> = PREFERENCE - 2..=PREFERENCE - 1;
 /// `ETH_P_ALL` in the byte order of the network (linux/if_ether.h).
 const EVERY_PROTOCOL: u16 = 0x0003u16.to_be();
+/// `ETH_P_ARP` and `ETH_P_IP`.
+const ARP: u16 = 0x0806u16.to_be();
+const IPV4: u16 = 0x0800u16.to_be();
 
 /// What was done to an interface of the manager's, to be undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +76,8 @@ pub(super) fn is_abandoned(netlink: &mut Netlink, index: u32) -> Result<bool, Ne
         for found in netlink.dump(&RouteNetlinkMessage::GetTrafficFilter(request))? {
             if let RouteNetlinkMessage::NewTrafficFilter(found) = found {
                 let preference = TcHandle::from(found.header.info).major;
-                if minor != TcHandle::MIN_INGRESS || preference != PREFERENCE {
+                let known = preference == PREFERENCE || ADMITTING.contains(&preference);
+                if minor != TcHandle::MIN_INGRESS || !known {
                     return Ok(false);
                 }
                 ours = true;
@@ -112,7 +119,7 @@ impl Tie {
             }
             netlink
                 .change(
-                    RouteNetlinkMessage::NewTrafficFilter(filter(from, to)),
+                    RouteNetlinkMessage::NewTrafficFilter(redirection(from, to)),
                     NLM_F_CREATE | NLM_F_EXCL,
                 )
                 .map_err(failed("redirect what comes in at interface", from))?;
@@ -150,9 +157,61 @@ impl Tie {
         Ok(())
     }
 
-    /// Whether there was one.
+    /// Lets answers to a name server in the namespace come in, which asks from ports of its own
+    /// (`resolver`): those of name servers, and for the way to them, those of ARP, which the guest hears, too.
+    pub(super) fn admit_answers(self, netlink: &mut Netlink, tap: u32) -> Result<(), NetworkError> {
+        let mut copy = mirror(tap, TcMirrorActionType::EgressMirror);
+        copy.generic.action = TcActionType::Ok;
+        let mut filters = vec![filter(
+            self.index,
+            (*ADMITTING.start(), ARP),
+            // RFC 826: an operation 2 is a reply.
+            &[key(4, 0x0000_ffff, 2)],
+            Some(copy),
+        )];
+        for protocol in [6, 17] {
+            let keys = [
+                // RFC 791: a header without options, the first or only fragment, TCP or UDP.
+                key(0, 0x0f00_0000, 0x0500_0000),
+                key(4, 0x0000_1fff, 0),
+                key(8, 0x00ff_0000, protocol << 16),
+                // From port 53 to one of the name server's.
+                key(
+                    20,
+                    0xffff_0000 | u32::from(FIRST_PORT),
+                    53 << 16 | u32::from(FIRST_PORT),
+                ),
+            ];
+            let place = (*ADMITTING.end(), IPV4);
+            filters.push(filter(self.index, place, &keys, None));
+        }
+        for filter in filters {
+            let request = RouteNetlinkMessage::NewTrafficFilter(filter);
+            netlink
+                .change(request, NLM_F_CREATE | NLM_F_EXCL)
+                .map_err(|source| NetworkError::Change {
+                    what: "let answers of name servers in at interface",
+                    interface: self.index.to_string(),
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Whether there was one that redirects.
     fn remove_filter(self, netlink: &mut Netlink) -> Result<bool, NetworkError> {
-        let request = RouteNetlinkMessage::DelTrafficFilter(at_ingress(self.index));
+        let redirected = self.remove(netlink, (PREFERENCE, EVERY_PROTOCOL))?;
+        if redirected {
+            for place in ADMITTING.zip([ARP, IPV4]) {
+                self.remove(netlink, place)?;
+            }
+        }
+        Ok(redirected)
+    }
+
+    /// Whether there was one.
+    fn remove(self, netlink: &mut Netlink, place: (u16, u16)) -> Result<bool, NetworkError> {
+        let request = RouteNetlinkMessage::DelTrafficFilter(at_ingress(self.index, place));
         match netlink.change(request, 0) {
             Ok(()) => Ok(true),
             Err(error)
@@ -201,44 +260,73 @@ fn discipline(index: u32) -> TcMessage {
     message
 }
 
-fn at_ingress(index: u32) -> TcMessage {
+/// Where filters of a preference and a protocol are.
+fn at_ingress(index: u32, (preference, protocol): (u16, u16)) -> TcMessage {
     let mut message = message(index);
     message.header.parent = TcHandle {
         major: u16::MAX,
         minor: TcHandle::MIN_INGRESS,
     };
     message.header.info = u32::from(TcHandle {
-        major: PREFERENCE,
-        minor: EVERY_PROTOCOL,
+        major: preference,
+        minor: protocol,
     });
     message
 }
 
-/// The classifier u32 with a key that every packet has: more kernels have it than `matchall`.
-fn filter(from: u32, to: u32) -> TcMessage {
-    let mut selector = TcU32Selector::default();
-    selector.flags = TcU32SelectorFlags::Terminal;
-    selector.nkeys = 1;
-    selector.keys = vec![TcU32Key::default()];
+/// All that comes in at one interface goes out at another: a key that every packet has.
+fn redirection(from: u32, to: u32) -> TcMessage {
+    let mut redirect = mirror(to, TcMirrorActionType::EgressRedir);
+    redirect.generic.action = TcActionType::Stolen;
+    let place = (PREFERENCE, EVERY_PROTOCOL);
+    filter(from, place, &[TcU32Key::default()], Some(redirect))
+}
+
+fn mirror(to: u32, how: TcMirrorActionType) -> TcMirror {
     let mut mirror = TcMirror::default();
     mirror.generic = TcActionGeneric::default();
-    mirror.generic.action = TcActionType::Stolen;
-    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.eaction = how;
     mirror.ifindex = to;
-    let mut action = TcAction::default();
-    action.attributes = vec![
-        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
-        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
-            mirror,
-        ))]),
-    ];
-    let mut message = at_ingress(from);
+    mirror
+}
+
+/// Bits of a packet, four bytes from this offset behind its network header on.
+fn key(offset: i32, mask: u32, value: u32) -> TcU32Key {
+    let mut key = TcU32Key::default();
+    key.off = offset;
+    key.mask = mask;
+    key.val = value;
+    key
+}
+
+/// Packets that have all the keys: to the host's own network stack, unless there is an action. The
+/// classifier u32: more kernels have it than `matchall`.
+fn filter(index: u32, place: (u16, u16), keys: &[TcU32Key], action: Option<TcMirror>) -> TcMessage {
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    selector.nkeys = u8::try_from(keys.len()).unwrap_or(u8::MAX);
+    selector.keys = keys.to_vec();
+    let mut options = vec![TcOption::U32(TcFilterU32Option::Selector(selector))];
+    if let Some(mirror) = action {
+        let mut action = TcAction::default();
+        action.attributes = vec![
+            TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+            TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+                mirror,
+            ))]),
+        ];
+        options.push(TcOption::U32(TcFilterU32Option::Action(vec![action])));
+    } else {
+        // A class of nobody's: a match without one and without an action is none.
+        options.push(TcOption::U32(TcFilterU32Option::ClassId(TcHandle {
+            major: 1,
+            minor: 1,
+        })));
+    }
+    let mut message = at_ingress(index, place);
     message.attributes = vec![
         TcAttribute::Kind(TcFilterU32::KIND.to_owned()),
-        TcAttribute::Options(vec![
-            TcOption::U32(TcFilterU32Option::Selector(selector)),
-            TcOption::U32(TcFilterU32Option::Action(vec![action])),
-        ]),
+        TcAttribute::Options(options),
     ];
     message
 }

@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::{
     netlink::{Netlink, NetlinkError},
+    resolver,
     routes::{self, Names},
     tap,
 };
@@ -59,6 +60,8 @@ pub(super) struct View {
     pub(super) loopback: Vec<InterfaceAddress>,
     pub(super) routes: Vec<bulkhead_agent_protocol::messages::Route>,
     pub(super) neighbours: Vec<bulkhead_agent_protocol::messages::Neighbour>,
+    /// Whether Docker has a name server there.
+    pub(super) resolver: bool,
     /// Interfaces that break a rule.
     pub(super) unfit: Vec<Unfit>,
     /// What else has no image in the guest, for people.
@@ -109,6 +112,7 @@ pub(super) fn scan(netlink: &mut Netlink) -> Result<View, NetlinkError> {
     }
     view.routes = routes::routes(netlink, &names, &mut view.left_out)?;
     view.neighbours = routes::neighbours(netlink, &names)?;
+    view.resolver = !view.links.is_empty() && resolver::is_there();
     Ok(view)
 }
 

@@ -1,6 +1,8 @@
 //! Network namespaces of the tests' own, made with iproute2. They need its programs and the right to
 //! make namespaces; where those are missing, a test says that it was skipped.
 
+mod resolver;
+
 use std::{
     fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
