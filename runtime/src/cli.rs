@@ -27,9 +27,10 @@ pub struct Cli {
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
-    /// Directory of the containers' state (on a tmpfs)
-    #[arg(long, default_value = "/run/bulkhead")]
-    pub root: PathBuf,
+    /// Directory of the containers' state, on a tmpfs [default: /run/bulkhead, in a user namespace
+    /// $XDG_RUNTIME_DIR/bulkhead]
+    #[arg(long)]
+    pub root: Option<PathBuf>,
     /// File for the log, instead of standard error
     #[arg(long)]
     pub log: Option<PathBuf>,

@@ -125,9 +125,25 @@ pub struct Context {
     root: StateRoot,
 }
 
+/// Where the state is unless somebody says: users who are root in a namespace of their own have no
+/// right to /run, but a directory of theirs, as for runc and crun.
+fn usual_root(runtime_directory: Option<OsString>, uid_map: &str) -> PathBuf {
+    let words: Vec<_> = uid_map.split_whitespace().collect();
+    match runtime_directory {
+        Some(directory) if !directory.is_empty() && words != ["0", "0", "4294967295"] => {
+            Path::new(&directory).join("bulkhead")
+        }
+        _ => PathBuf::from("/run/bulkhead"),
+    }
+}
+
 /// Carries a command out; returns the exit code.
 pub fn run(cli: Cli, config: Config, began: Moment) -> Result<u8, Error> {
-    let root = std::path::absolute(&cli.global.root)
+    let root = cli.global.root.clone().unwrap_or_else(|| {
+        let own = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        usual_root(std::env::var_os("XDG_RUNTIME_DIR"), &own)
+    });
+    let root = std::path::absolute(root)
         .map_err(|error| Error::Io("find the current directory", error))?;
     let context = Context {
         root: StateRoot::new(root),
@@ -335,4 +351,25 @@ fn table(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_have_their_containers_in_a_directory_of_theirs() {
+        let (host, own) = (
+            "         0          0 4294967295\n",
+            "0 1000 1\n1 100000 65536\n",
+        );
+        let there = || Some("/run/user/1000".into());
+        assert_eq!(
+            usual_root(there(), own),
+            Path::new("/run/user/1000/bulkhead")
+        );
+        for (directory, map) in [(there(), host), (None, own), (Some("".into()), own)] {
+            assert_eq!(usual_root(directory, map), Path::new("/run/bulkhead"));
+        }
+    }
 }
