@@ -1,4 +1,4 @@
-//! `bulkhead-bench [--json FILE] [--runs N] [--only start|memory|share|bridge]`: how long a container takes to run and what it costs,
+//! `bulkhead-bench [--json FILE] [--runs N] [--only start|memory|share|podman|bridge]`: how long a container takes to run and what it costs,
 //! beside crun and runc. The figures mean most in the test host's virtual time (docs/testing.md).
 
 mod bridge;
@@ -51,7 +51,7 @@ struct Options {
 }
 
 /// The parts.
-const PARTS: [&str; 4] = ["start", "memory", "share", "bridge"];
+const PARTS: [&str; 5] = ["start", "memory", "share", "podman", "bridge"];
 
 impl Options {
     fn measures(&self, part: &str) -> bool {
@@ -119,9 +119,11 @@ fn measure(options: &Options) -> Result<()> {
     if options.measures("memory") && options.runtimes.contains(&Runtime::Bulkhead) {
         memory::measure(&scene, options.runs.min(FEWEST), &mut figures)?;
     }
-    // Only when asked for: it makes an image in Podman's storage.
-    if options.only.as_deref() == Some("bridge") {
-        bridge::measure(&options.runtimes, options.runs, &mut figures)?;
+    if options.measures("podman") {
+        bridge::runs(&options.runtimes, options.runs, &mut figures)?;
+    }
+    if options.measures("bridge") {
+        bridge::traffic(&options.runtimes, options.runs, &mut figures)?;
     }
     print!("{figures}");
     if let Some(path) = &options.json {
