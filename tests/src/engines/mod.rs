@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use libtest_mimic::{Arguments, Trial};
 
+use crate::inside;
 use crate::runner;
 use cases::Case;
 use engine::Engine;
@@ -78,7 +79,13 @@ fn value(args: &mut Vec<String>, option: &str) -> Result<Option<String>> {
 
 /// The program.
 pub fn main() -> ExitCode {
-    match start(std::env::args().collect()) {
+    let args: Vec<String> = std::env::args().collect();
+    if let [_, first, rest @ ..] = args.as_slice()
+        && first == inside::INSIDE
+    {
+        return inside::main(rest);
+    }
+    match start(args) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("bulkhead-engines: {error:#}");

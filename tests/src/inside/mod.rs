@@ -51,6 +51,7 @@ fn perform(args: &[String]) -> Result<()> {
         ["exchange", path, mib] => sockets::exchange(Path::new(path), mib.parse()?),
         ["many", path, count] => sockets::many(Path::new(path), count.parse()?),
         ["abandoned", path] => sockets::abandoned(Path::new(path)),
+        ["echo-datagrams", port] => sockets::echo_datagrams(port.parse()?),
         ["own-socket", path] => sockets::own(Path::new(path)),
         ["watch", paths @ ..] => watching::watch(paths),
         ["watch-own-changes", path] => watching::own_changes(Path::new(path)),

@@ -180,7 +180,7 @@ fn exec_detached(engine: &Engine) -> Result<()> {
 fn many_execs(engine: &Engine) -> Result<()> {
     service(engine, "made-m")?;
     let mut running = Vec::new();
-    for n in 0..8 {
+    for n in 0..4 {
         running.push((
             n,
             engine.begin(&[
@@ -224,7 +224,9 @@ fn top(engine: &Engine) -> Result<()> {
         "processes of the host: {text}"
     );
     ensure!(text.contains("PID"), "{text}");
-    if engine.podman() || !engine.bulkhead() {
+    // Podman reads the /proc of the process that it knows, Docker the host's processes in the cgroup:
+    // neither is where a guest's processes are (docs/podman.md).
+    if !engine.bulkhead() {
         ensure!(text.contains("sleep 4321"), "{text}");
     }
     engine.remove(&["made-o"])

@@ -205,8 +205,13 @@ fn cgroup_parent(engine: &Engine) -> Result<()> {
     let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     ensure!(cgroup.contains("/made-parent/"), "{cgroup}");
     engine.remove(&["made-cg"])?;
-    // Engines leave it to whoever named it.
-    let _ = std::fs::remove_dir("/sys/fs/cgroup/made-parent");
+    // Engines leave it to whoever named it, Podman with a cgroup of conmon's.
+    for left in [
+        "/sys/fs/cgroup/made-parent/conmon",
+        "/sys/fs/cgroup/made-parent",
+    ] {
+        let _ = std::fs::remove_dir(left);
+    }
     Ok(())
 }
 
