@@ -3,10 +3,12 @@
 use anyhow::{Result, ensure};
 
 use crate::engines::engine::{Engine, IMAGE};
+use crate::process::Process;
 
 super::engine_cases!(limits;
     [both] memory, cpus, cpuset, pids, weight, out_of_memory, host_cgroup;
-    [both vm] machine_shows_its_size);
+    [both vm] machine_shows_its_size;
+    [podman] without_cgroups);
 
 fn memory(engine: &Engine) -> Result<()> {
     let options = [
@@ -131,5 +133,28 @@ fn machine_shows_its_size(engine: &Engine) -> Result<()> {
         (64 << 10..512 << 10).contains(&kilobytes),
         "{kilobytes} kB of memory for a limit of 100 MiB"
     );
+    Ok(())
+}
+
+fn without_cgroups(engine: &Engine) -> Result<()> {
+    // As docs/podman.md says; Podman reads the key without the s of its manual.
+    let configuration = engine.path("containers.conf");
+    std::fs::write(
+        &configuration,
+        "[engine]\nruntime_supports_nocgroup = [\"bulkhead\", \"crun\"]\n",
+    )?;
+    let mut command = engine.command(&[
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--cgroups",
+        "disabled",
+        IMAGE,
+        "echo",
+        "runs",
+    ]);
+    command.env("CONTAINERS_CONF", &configuration);
+    Process::spawn(command)?.finish()?.ok()?.says(&["runs\n"])?;
     Ok(())
 }

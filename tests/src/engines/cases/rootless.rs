@@ -47,9 +47,9 @@ fn run(engine: &Engine) -> Result<()> {
         if !engine.bulkhead() {
             return output.ok()?.says(&["0\n"]);
         }
-        // What sets up the machine's jail is root's; who tries is told so (docs/podman.md).
+        // The host's cgroups are root's; who tries is told so (docs/podman.md).
         ensure!(
-            output.code() != 0 && output.errors().contains("root"),
+            output.code() != 0 && output.errors().contains("cannot make the cgroup"),
             "{output}"
         );
         Ok(output)
