@@ -96,7 +96,10 @@ pub fn run(owners: &mut Owners, started_us: u64) -> Result<End, MonitorError> {
         owners.listen(listener).map_err(failed)?;
     }
     let attached = Attached::after(config.disks.len());
-    wait(owners, &machine, attached)
+    let end = wait(owners, &machine, attached);
+    // The process ends now, and the kernel takes it all apart at once, threads included.
+    std::mem::forget(machine);
+    end
 }
 
 /// Enters the jail and puts the machine together. Gives the socket where others join the owner.

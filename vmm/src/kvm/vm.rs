@@ -135,6 +135,11 @@ impl Vm {
         Ok(event)
     }
 
+    /// An event that the guest's writes do not signal: they come to the vCPU's thread.
+    pub fn unconnected(&self) -> Result<EventFd, KvmError> {
+        event()
+    }
+
     /// Takes the guest's writes of `value` (32 bits) to `address`: nobody needs to know of them.
     pub fn absorb(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         self.fd
@@ -149,9 +154,12 @@ impl Vm {
         address: u64,
         value: u32,
     ) -> Result<(), KvmError> {
-        self.fd
-            .unregister_ioevent(event, &IoEventAddress::Mmio(address), value)
-            .map_err(KvmError::during("disconnect a queue's notification"))
+        let address = IoEventAddress::Mmio(address);
+        match self.fd.unregister_ioevent(event, &address, value) {
+            // It was never connected.
+            Err(error) if error.errno() == libc::ENOENT => Ok(()),
+            result => result.map_err(KvmError::during("disconnect a queue's notification")),
+        }
     }
 
     /// The KVM that the machine belongs to.

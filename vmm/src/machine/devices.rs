@@ -135,8 +135,14 @@ impl Backplane {
         self.vm
             .absorb(&self.acknowledged, base + register::INTERRUPT_ACK, USED)?;
         let mut notifications = Vec::with_capacity(device.queue_sizes().len());
-        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
-            match self.vm.notification(base + register::QUEUE_NOTIFY, queue) {
+        for (queue, _) in (0u16..).zip(device.queue_sizes()) {
+            let event = if device.notified_on_vcpu(queue) {
+                self.vm.unconnected()
+            } else {
+                self.vm
+                    .notification(base + register::QUEUE_NOTIFY, queue.into())
+            };
+            match event {
                 Ok(event) => notifications.push(event),
                 Err(error) => {
                     // The place must be usable again.

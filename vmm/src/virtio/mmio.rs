@@ -149,7 +149,10 @@ impl MmioTransport {
         match <[u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => {
                 self.write_register(offset, u32::from_le_bytes(data));
-                self.show();
+                // The only one that comes often changes nothing to be seen.
+                if offset != register::QUEUE_NOTIFY {
+                    self.show();
+                }
             }
             _ => debug!(offset, "the driver writes part of a register"),
         }
@@ -166,8 +169,7 @@ impl MmioTransport {
             | register::QUEUE_DESCRIPTORS..=register::QUEUE_DEVICE_HIGH => {
                 self.set_up_queue(offset, value);
             }
-            // KVM signals the device itself; only numbers of queues that do not exist come here.
-            register::QUEUE_NOTIFY => debug!(value, "the driver notifies a queue that is none"),
+            register::QUEUE_NOTIFY => self.notify(value),
             // There is none, whichever is selected.
             register::SHARED_MEMORY_SELECT => {}
             register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
@@ -176,6 +178,18 @@ impl MmioTransport {
                 offset,
                 "the driver writes a register that cannot be written"
             ),
+        }
+    }
+
+    /// For most queues KVM signals the device itself.
+    fn notify(&mut self, queue: u32) {
+        match u16::try_from(queue) {
+            Ok(queue) if self.device.notified_on_vcpu(queue) => {
+                if self.active {
+                    self.device.notify(queue);
+                }
+            }
+            _ => debug!(queue, "the driver notifies a queue that is none"),
         }
     }
 

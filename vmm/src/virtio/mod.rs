@@ -121,6 +121,13 @@ pub trait VirtioDevice: Send {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// Starts the device. Called once per DRIVER_OK, never while active.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// Whether the driver's notifications of a queue come to [`Self::notify`], on the thread of the
+    /// vCPU, instead of to the queue's event.
+    fn notified_on_vcpu(&self, _queue: u16) -> bool {
+        false
+    }
+    /// The driver has notified such a queue of the active device. The vCPU waits for this.
+    fn notify(&mut self, _queue: u16) {}
     /// Stops the device and returns its queues, none lost, when nothing of it runs any more. Harmless when
     /// inactive (returns no queues).
     fn deactivate(&mut self) -> Vec<Queue>;

@@ -32,18 +32,7 @@ pub trait Handler: Send + 'static {
     /// One event has come. Level-triggered unless registered otherwise, so what is not consumed
     /// comes again. Must not block: `stop` waits for it.
     fn handle(&mut self, poll: &Poll, token: u64, events: EventSet) -> Result<(), HandlerError>;
-    /// Whether [`Self::quiet`] is to be called if no event comes for `QUIET_MS`.
-    fn awaits_quiet(&self) -> bool {
-        false
-    }
-    /// No event has come for a while.
-    fn quiet(&mut self) -> Result<(), HandlerError> {
-        Ok(())
-    }
 }
-
-/// Milliseconds without an event that are a while.
-const QUIET_MS: i32 = 1;
 
 /// The set of file descriptors that a worker waits for, each with a token of the handler's choice.
 pub struct Poll(Epoll);
@@ -160,12 +149,7 @@ fn serve<H: Handler>(poll: &Poll, handler: &mut H, interrupt: &dyn Interrupt, st
 fn handle_events<H: Handler>(poll: &Poll, handler: &mut H) -> Result<(), HandlerError> {
     let mut events = [EpollEvent::default(); BATCH];
     loop {
-        let timeout = if handler.awaits_quiet() { QUIET_MS } else { -1 };
-        let count = match poll.0.wait(timeout, &mut events) {
-            Ok(0) => {
-                handler.quiet()?;
-                continue;
-            }
+        let count = match poll.0.wait(-1, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error.into()),

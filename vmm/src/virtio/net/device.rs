@@ -2,16 +2,17 @@
 
 use std::io;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::warn;
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::control::Control;
 use super::features;
-use super::handler::{Link, PairHandler, Receiving};
+use super::handler::{self, Link, PairHandler, Receiving, SharedTransmit};
 use super::receive::Receive;
 use super::ring::Ring;
 use super::tap::Tap;
@@ -28,6 +29,8 @@ const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 16;
 /// Queues of the first pair.
 const FIRST_PAIR: usize = 2;
+/// The second of them.
+const TRANSMIT: usize = 1;
 
 /// Bit of the configuration's status: the link is up (virtio 1.2 §5.1.4).
 const LINK_UP: u16 = 1;
@@ -74,6 +77,8 @@ pub struct Net {
     guest_offloads: Option<u64>,
     link: Arc<Link>,
     workers: Vec<Worker<PairHandler>>,
+    /// The transmitting queues of the pairs, with the events that their threads wait for.
+    transmits: Vec<(SharedTransmit, EventFd)>,
 }
 
 impl Net {
@@ -91,6 +96,7 @@ impl Net {
             guest_offloads: None,
             link: Link::up(),
             workers: Vec::new(),
+            transmits: Vec::new(),
         }
     }
 
@@ -109,14 +115,25 @@ impl Net {
             .use_queues(self.pairs_in_use.load(Ordering::SeqCst).into())
     }
 
-    fn handler(&self, pair: usize, queues: [Ring; 2], activation: &Activation) -> PairHandler {
+    fn handler(
+        &mut self,
+        pair: usize,
+        queues: [Ring; 2],
+        activation: &Activation,
+    ) -> io::Result<PairHandler> {
         let memory = activation.memory.memory().into_inner();
         let [receive, transmit] = queues;
-        PairHandler {
+        let event = transmit.event().try_clone()?;
+        let interrupt = activation.interrupt.clone();
+        let tap = self.tap.clone();
+        let transmit = Transmit::new(transmit, memory.clone(), tap, pair, interrupt)?;
+        let transmit = Arc::new(Mutex::new(transmit));
+        self.transmits.push((transmit.clone(), event));
+        Ok(PairHandler {
             tap: self.tap.clone(),
             pair,
-            receive: Receive::new(receive, memory.clone(), activation.features, self.mtu),
-            transmit: Transmit::new(transmit, memory),
+            receive: Receive::new(receive, memory, activation.features, self.mtu),
+            transmit,
             control: None,
             interrupt: activation.interrupt.clone(),
             link: self.link.clone(),
@@ -124,8 +141,7 @@ impl Net {
             full: false,
             watched: EventSet::empty(),
             forgotten: false,
-            events: 0,
-        }
+        })
     }
 }
 
@@ -152,6 +168,17 @@ impl VirtioDevice for Net {
         FIRST_PAIR * pairs + usize::from(features & features::CTRL_VQ != 0)
     }
 
+    /// Several vCPUs with queues of their own must not wait for one another here.
+    fn notified_on_vcpu(&self, queue: u16) -> bool {
+        self.tap.pairs() == 1 && usize::from(queue) == TRANSMIT
+    }
+
+    fn notify(&mut self, _queue: u16) {
+        if let Some((transmit, event)) = self.transmits.first() {
+            handler::notified(transmit, event);
+        }
+    }
+
     /// `struct virtio_net_config` (virtio 1.2 §5.1.4) up to `mtu`.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 12];
@@ -175,7 +202,8 @@ impl VirtioDevice for Net {
         let mut handlers = Vec::with_capacity(rings.len() / FIRST_PAIR);
         let mut rings = rings.into_iter();
         while let (Some(receive), Some(transmit)) = (rings.next(), rings.next()) {
-            handlers.push(self.handler(handlers.len(), [receive, transmit], &activation));
+            let handler = self.handler(handlers.len(), [receive, transmit], &activation);
+            handlers.push(handler.map_err(ActivateError::Thread)?);
         }
         if let (Some(first), Some(Some(ring))) = (handlers.first_mut(), control) {
             let mut control = Control::new(
@@ -204,6 +232,8 @@ impl VirtioDevice for Net {
     fn deactivate(&mut self) -> Vec<Queue> {
         let mut queues = Vec::new();
         let mut control = None;
+        // No vCPU comes here as long as we do.
+        self.transmits.clear();
         // All are stopped, whatever becomes of the first.
         let workers = std::mem::take(&mut self.workers).into_iter();
         let handlers: Vec<_> = workers.map(Worker::stop).collect();
@@ -216,7 +246,13 @@ impl VirtioDevice for Net {
                 return Vec::new();
             };
             queues.push(handler.receive.into_queue());
-            queues.push(handler.transmit.into_queue());
+            let transmit = Arc::into_inner(handler.transmit).map(Mutex::into_inner);
+            let Some(transmit) = transmit else {
+                warn!(interface = self.index, "a queue of an interface is in use");
+                return Vec::new();
+            };
+            let transmit = transmit.unwrap_or_else(PoisonError::into_inner);
+            queues.push(transmit.into_queue());
             control = control.or(handler.control);
         }
         if let Some(control) = control {

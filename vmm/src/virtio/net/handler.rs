@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::control::Control;
 use super::receive::{self, Receive};
@@ -19,18 +20,16 @@ const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
 const CONTROL: u64 = 2;
 const TAP: u64 = 3;
+const TIMER: u64 = 4;
 
 /// Where the link's status lies in the configuration space (virtio 1.2 §5.1.4).
 const STATUS_OFFSET: u64 = 6;
-/// Events after which the driver hears of the buffers that it has sent, if no pause comes first.
-const MOST_EVENTS: u32 = 64;
-
 /// Owns its queues while the device is active.
 pub(super) struct PairHandler {
     pub(super) tap: Tap,
     pub(super) pair: usize,
     pub(super) receive: Receive,
-    pub(super) transmit: Transmit,
+    pub(super) transmit: SharedTransmit,
     pub(super) control: Option<Control>,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) link: Arc<Link>,
@@ -41,8 +40,26 @@ pub(super) struct PairHandler {
     pub(super) watched: EventSet,
     /// The tap is not watched any more.
     pub(super) forgotten: bool,
-    /// Events since the driver was told of what was sent.
-    pub(super) events: u32,
+}
+
+/// Shared with the vCPUs' threads.
+pub(super) type SharedTransmit = Arc<Mutex<Transmit>>;
+
+/// A panic elsewhere can only be a test's: the program aborts.
+pub(super) fn locked(transmit: &Mutex<Transmit>) -> MutexGuard<'_, Transmit> {
+    transmit.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The driver has notified the transmitting queue, on a vCPU's thread.
+pub(super) fn notified(transmit: &Mutex<Transmit>, event: &EventFd) {
+    // If the device's thread is at it, it has to look again. Of an error it will hear, too.
+    let done = match transmit.try_lock() {
+        Ok(mut transmit) => transmit.run_on_vcpu().unwrap_or(false),
+        Err(_) => false,
+    };
+    if !done && let Err(error) = event.write(1) {
+        warn!(%error, "cannot signal a device");
+    }
 }
 
 /// Whether the interface is there, as the driver sees it.
@@ -78,7 +95,10 @@ pub(super) enum Receiving {
 impl Handler for PairHandler {
     fn register(&mut self, poll: &Poll) -> io::Result<()> {
         poll.add_event(self.receive.ring().event(), RECEIVE)?;
-        poll.add_event(self.transmit.ring().event(), TRANSMIT)?;
+        let transmit = locked(&self.transmit);
+        poll.add_event(transmit.ring().event(), TRANSMIT)?;
+        poll.add(transmit.timer(), TIMER, EventSet::IN)?;
+        drop(transmit);
         if let Some(control) = &self.control {
             poll.add_event(control.ring().event(), CONTROL)?;
         }
@@ -92,25 +112,10 @@ impl Handler for PairHandler {
             TRANSMIT if !self.full => self.send()?,
             CONTROL => self.control()?,
             TAP => self.tap_changed(events)?,
+            TIMER => locked(&self.transmit).expired()?,
             _ => {}
         }
-        self.watch(poll)?;
-        if self.transmit.is_silent() {
-            self.events += 1;
-            if self.events > MOST_EVENTS {
-                self.quiet()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn awaits_quiet(&self) -> bool {
-        self.transmit.is_silent()
-    }
-
-    fn quiet(&mut self) -> Result<(), HandlerError> {
-        self.events = 0;
-        self.transmit.signal(self.interrupt.as_ref())
+        Ok(self.watch(poll)?)
     }
 }
 
@@ -185,11 +190,11 @@ impl PairHandler {
     }
 
     fn send(&mut self) -> Result<(), HandlerError> {
-        let tap = self.tap.queue(self.pair);
-        match self.transmit.run(tap, self.interrupt.as_ref())? {
+        let mut transmit = locked(&self.transmit);
+        match transmit.run()? {
             transmit::Stopped::Empty => {}
             transmit::Stopped::Full => self.full = true,
-            transmit::Stopped::Budget => ring_again(self.transmit.ring())?,
+            transmit::Stopped::Budget => ring_again(transmit.ring())?,
         }
         Ok(())
     }

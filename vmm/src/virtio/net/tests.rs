@@ -155,6 +155,44 @@ fn sent_buffers_come_back_soon_with_an_interrupt_late() {
     let told = guest.driver.told.recv_timeout(DEADLINE);
     assert_eq!(told, Ok(Told::Used(1)));
     assert!(guest.driver.queues[TRANSMIT].used().is_some());
+    assert!(guest.driver.queues[TRANSMIT].used().is_none());
+    guest.send_on_vcpu(&packet);
+    let told = guest.driver.told.recv_timeout(DEADLINE);
+    assert_eq!(told, Ok(Told::Used(1)));
+}
+
+#[test]
+fn a_vcpu_sends_small_packets_by_itself() {
+    let mut guest = Guest::new(ALL);
+    assert!(guest.device.notified_on_vcpu(1) && !guest.device.notified_on_vcpu(0));
+    for _ in 0..50 {
+        let packet = guest.packet(100);
+        guest.send_on_vcpu(&packet);
+        assert!(guest.wire().has_packet(), "when the guest goes on");
+        assert!(guest.wire().receive() == packet);
+        assert!(guest.driver.queues[TRANSMIT].used().is_some());
+    }
+    // The rest is the thread's.
+    let packet = guest.packet(60_000);
+    guest.send_on_vcpu(&packet);
+    assert!(guest.wire().receive() == packet);
+    let packet = guest.packet(100);
+    for _ in 0..5 {
+        let length = u32::try_from(packet.len()).expect("small");
+        let piece = readable(guest.data, length);
+        guest.driver.queues[TRANSMIT].add(&[piece]);
+    }
+    guest.driver.space.write(guest.data, &packet);
+    guest.device.notify(1);
+    for _ in 0..5 {
+        assert!(guest.wire().receive() == packet);
+    }
+    // With several pairs of queues, vCPUs must not wait for one another.
+    let mut pairs = Guest::with_pairs(ALL, 2);
+    assert!(!pairs.device.notified_on_vcpu(1));
+    // A device that does not work does not mind.
+    pairs.device.deactivate();
+    pairs.device.notify(1);
 }
 
 #[test]

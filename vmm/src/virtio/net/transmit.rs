@@ -1,18 +1,26 @@
 //! From the guest to the tap, a packet by one `writev`.
 //!
+//! A lone small packet, such as a response, goes out on the vCPU's own thread, which has come here
+//! with the driver's notification; more is the device's thread's work, beside which the guest goes on.
+//!
 //! Used buffers are published at once, but the driver is interrupted for them late: it only frees
 //! memory then, and does that by itself when it sends or receives the next packet. So a request and
 //! its response cost one interrupt, not two.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use tracing::debug;
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::ring::Ring;
+use super::tap::Tap;
 use super::{HEADER_SIZE, LARGEST_PACKET};
 use crate::sys::guest_io::{self, PIECES};
 use crate::virtio::Interrupt;
@@ -22,6 +30,14 @@ use crate::virtio::worker::HandlerError;
 
 /// Packets sent between two looks at other events.
 const BUDGET: usize = 256;
+/// What a vCPU sends by itself: so many packets, of so many bytes at most.
+const BY_VCPU: usize = 2;
+const BY_VCPU_BYTES: usize = 4096;
+/// The driver hears of used buffers at the latest after so long.
+const LONGEST_SILENCE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
 /// The driver hears of used buffers after so many, or so many bytes, at the latest.
 const MOST_SILENT: u16 = 16;
 const MOST_SILENT_BYTES: usize = 64 << 10;
@@ -43,19 +59,37 @@ pub(super) enum Stopped {
 pub(super) struct Transmit {
     ring: Ring,
     memory: Arc<GuestMemoryMmap>,
+    tap: Tap,
+    pair: usize,
+    interrupt: Arc<dyn Interrupt>,
     /// Bytes sent that the driver has not been interrupted for.
     silent_bytes: usize,
+    /// Expires when the silence has been long enough.
+    timer: OwnedFd,
+    armed: bool,
     log: RateLimit,
 }
 
 impl Transmit {
-    pub(super) fn new(ring: Ring, memory: Arc<GuestMemoryMmap>) -> Self {
-        Self {
+    pub(super) fn new(
+        ring: Ring,
+        memory: Arc<GuestMemoryMmap>,
+        tap: Tap,
+        pair: usize,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> io::Result<Self> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        Ok(Self {
             ring,
             memory,
+            tap,
+            pair,
+            interrupt,
             silent_bytes: 0,
+            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
+            armed: false,
             log: RateLimit::default(),
-        }
+        })
     }
 
     pub(super) fn into_queue(self) -> Queue {
@@ -66,39 +100,65 @@ impl Transmit {
         &self.ring
     }
 
-    /// Sends until something is missing.
-    pub(super) fn run(
-        &mut self,
-        tap: BorrowedFd<'_>,
-        interrupt: &dyn Interrupt,
-    ) -> Result<Stopped, HandlerError> {
-        let stopped = self.send(tap)?;
-        let most = MOST_SILENT.min(self.ring.size() / 4);
-        if self.ring.unsignalled() > most || self.silent_bytes >= MOST_SILENT_BYTES {
-            self.signal(interrupt)?;
-        }
+    /// Readable when [`Self::expired`] is to be called.
+    pub(super) fn timer(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+
+    /// On the device's thread: sends until something is missing.
+    pub(super) fn run(&mut self) -> Result<Stopped, HandlerError> {
+        let stopped = self.send(BUDGET, usize::MAX)?;
+        self.signal_in_time()?;
         Ok(stopped)
     }
 
-    /// Whether the driver has yet to be told of used buffers.
-    pub(super) fn is_silent(&self) -> bool {
-        self.ring.unsignalled() > 0
+    /// On a vCPU's thread: sends what is quickly done; says whether that is all.
+    pub(super) fn run_on_vcpu(&mut self) -> Result<bool, HandlerError> {
+        let stopped = self.send(BY_VCPU, BY_VCPU_BYTES)?;
+        self.signal_in_time()?;
+        Ok(stopped == Stopped::Empty)
     }
 
-    /// Tells the driver of used buffers, if it wants to know.
-    pub(super) fn signal(&mut self, interrupt: &dyn Interrupt) -> Result<(), HandlerError> {
-        self.silent_bytes = 0;
-        if self.ring.wants_interrupt(&self.memory)? {
-            interrupt.used_buffers(self.ring.index())?;
+    /// The timer has expired.
+    pub(super) fn expired(&mut self) -> Result<(), HandlerError> {
+        let mut count = [0; 8];
+        // Nonblocking: empties it.
+        let _ = rustix::io::read(&self.timer, &mut count);
+        self.armed = false;
+        self.signal()
+    }
+
+    /// Tells the driver of used buffers if they are many, or sees to it that it is told later.
+    fn signal_in_time(&mut self) -> Result<(), HandlerError> {
+        let most = MOST_SILENT.min(self.ring.size() / 4);
+        if self.ring.unsignalled() > most || self.silent_bytes >= MOST_SILENT_BYTES {
+            self.signal()?;
+        } else if self.ring.unsignalled() > 0 && !self.armed {
+            let once = Itimerspec {
+                it_interval: Timespec::default(),
+                it_value: LONGEST_SILENCE,
+            };
+            timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+            self.armed = true;
         }
         Ok(())
     }
 
-    fn send(&mut self, tap: BorrowedFd<'_>) -> Result<Stopped, HandlerError> {
+    fn signal(&mut self) -> Result<(), HandlerError> {
+        self.silent_bytes = 0;
+        if self.ring.wants_interrupt(&self.memory)? {
+            self.interrupt.used_buffers(self.ring.index())?;
+        }
+        Ok(())
+    }
+
+    /// Sends packets of `largest` bytes at most.
+    fn send(&mut self, budget: usize, largest: usize) -> Result<Stopped, HandlerError> {
         let memory = self.memory.clone();
+        let tap = self.tap.queue(self.pair);
         let mut pieces = Vec::new();
         self.ring.stop_notifications(&memory)?;
-        for _ in 0..BUDGET {
+        for _ in 0..budget {
             let Some(chain) = self.ring.next(&memory)? else {
                 if self.ring.ask_for_notification(&memory)? {
                     continue;
@@ -108,7 +168,11 @@ impl Transmit {
             let head = chain.head_index();
             pieces.clear();
             let sent = match gather(&memory, chain, self.ring.size(), &mut pieces) {
-                Ok(()) => guest_io::write(tap, &pieces).inspect(|count| self.silent_bytes += count),
+                Ok(bytes) if bytes > largest => {
+                    self.ring.put_back(1);
+                    return Ok(Stopped::Budget);
+                }
+                Ok(_) => guest_io::write(tap, &pieces).inspect(|count| self.silent_bytes += count),
                 Err(mistake) => Err(io::Error::other(mistake)),
             };
             match sent {
@@ -131,13 +195,13 @@ impl Transmit {
     }
 }
 
-/// The pieces of a packet and its header.
+/// The pieces of a packet and its header; gives their bytes.
 fn gather<'m>(
     memory: &'m GuestMemoryMmap,
     chain: Chain<'m>,
     queue_size: u16,
     pieces: &mut Vec<VolatileSlice<'m>>,
-) -> Result<(), ChainError> {
+) -> Result<usize, ChainError> {
     let mut bytes = 0usize;
     chain::walk(memory, chain, queue_size, |piece, writable| {
         // §5.1.6.2: the device reads only.
@@ -154,5 +218,5 @@ fn gather<'m>(
     if bytes < SMALLEST {
         return Err(ChainError::TooShort);
     }
-    Ok(())
+    Ok(bytes)
 }

@@ -92,6 +92,17 @@ fn a_broken_ring_needs_a_reset() {
 }
 
 #[test]
+fn a_ring_that_is_broken_under_a_vcpu_needs_a_reset() {
+    let mut guest = Guest::new(ALL);
+    guest.driver.queues[TRANSMIT].claim(300);
+    guest.device.notify(1);
+    let told = guest.driver.told.recv_timeout(DEADLINE);
+    assert_eq!(told, Ok(Told::NeedsReset));
+    guest.device.notify(1);
+    assert_eq!(guest.device.deactivate().len(), 3);
+}
+
+#[test]
 fn control_rubbish_is_survived() {
     let mut guest = Guest::new(ALL);
     let data = guest.data;
@@ -151,7 +162,11 @@ fn random_rings_are_survived() {
                 );
             }
             guest.driver.queues[queue].offer(head);
-            guest.driver.queues[queue].kick();
+            if queue == TRANSMIT && random.below(2) == 0 {
+                guest.device.notify(1);
+            } else {
+                guest.driver.queues[queue].kick();
+            }
             if random.below(4) == 0 {
                 let length = usize::try_from(random.below(3000)).expect("small");
                 let packet = guest.packet(length);

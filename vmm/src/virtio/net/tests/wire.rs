@@ -41,6 +41,12 @@ impl Wire {
         let _ = send(&self.0, packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     }
 
+    /// Whether a packet has come.
+    pub(super) fn has_packet(&self) -> bool {
+        let mut events = [PollFd::new(&self.0, PollFlags::IN)];
+        poll(&mut events, Some(&Timespec::default())) == Ok(1)
+    }
+
     /// Drops what has come.
     fn drain(&self) {
         let mut bytes = [0];
@@ -149,6 +155,14 @@ impl Guest {
         let queue = &mut self.driver.queues[2 * pair + TRANSMIT];
         queue.add(&[readable(self.data, length)]);
         queue.kick();
+    }
+
+    /// As [`Self::send`], but the driver's notification comes on the vCPU's thread.
+    pub(super) fn send_on_vcpu(&mut self, packet: &[u8]) {
+        self.driver.space.write(self.data, packet);
+        let length = u32::try_from(packet.len()).expect("small");
+        self.driver.queues[TRANSMIT].add(&[readable(self.data, length)]);
+        self.device.notify(1);
     }
 
     /// Gives receive buffers as long as there are free descriptors.
