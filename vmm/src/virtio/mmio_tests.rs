@@ -17,6 +17,7 @@ struct Seen {
     activations: Vec<(u64, Vec<u16>)>,
     deactivations: u32,
     config: Vec<u8>,
+    notified: Vec<u16>,
 }
 
 struct Fake {
@@ -55,6 +56,12 @@ impl VirtioDevice for Fake {
             .activations
             .push((activation.features, sizes));
         Ok(())
+    }
+    fn notified_on_vcpu(&self, queue: u16) -> bool {
+        queue == 1
+    }
+    fn notify(&mut self, queue: u16) {
+        self.seen.lock().expect("lock").notified.push(queue);
     }
     fn deactivate(&mut self) -> Vec<Queue> {
         self.seen.lock().expect("lock").deactivations += 1;
@@ -345,6 +352,19 @@ fn interrupts_are_acknowledged_bit_by_bit() {
     assert_eq!(bench.read(register::INTERRUPT_STATUS), 2);
     bench.write(register::INTERRUPT_ACK, 0xff);
     assert_eq!(bench.read(register::INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn some_notifications_come_by_the_vcpu() {
+    let mut bench = Bench::new();
+    bench.write(register::QUEUE_NOTIFY, 1);
+    bench.start();
+    for queue in [0, 1, 2, 0x1_0001, u32::MAX, 1] {
+        bench.write(register::QUEUE_NOTIFY, queue);
+    }
+    bench.transport.pause();
+    bench.write(register::QUEUE_NOTIFY, 1);
+    assert_eq!(bench.seen.lock().expect("lock").notified, [1, 1]);
 }
 
 #[test]
