@@ -1,17 +1,21 @@
 //! The file system device as its transport sees it: configuration space, activation, state.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::warn;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
 
+use super::by_vcpu::{self, Patience};
 use super::handler::FilesystemHandler;
 use super::host::HostSide;
 use super::log;
 use super::request::{PRIVATE_SIZE, Requests};
 use super::server::{self, FileServer, Share};
+use super::service::{Service, SharedService};
+use super::tree::Tree;
 use crate::sys::guest_view::GuestView;
 use crate::threads::Role;
 use crate::virtio::config_space;
@@ -54,7 +58,10 @@ pub struct Filesystem {
     server: Arc<FileServer>,
     /// While no thread has it.
     host: Option<HostSide>,
+    tree: Tree,
     worker: Option<Worker<FilesystemHandler>>,
+    /// While active: what vCPUs serve with, and the queues' events.
+    pub(super) service: Option<(SharedService, Vec<EventFd>)>,
     /// State was saved or restored: the server goes on with it at the next activation.
     keep_state: bool,
 }
@@ -71,16 +78,19 @@ impl Filesystem {
         // num_request_queues
         config[TAG_SIZE] = 1;
         log::install();
-        let (server, host) = server::new(share).map_err(|source| FilesystemError::Server {
-            tag: tag.into(),
-            source,
-        })?;
+        let (server, tree, host) =
+            server::new(share).map_err(|source| FilesystemError::Server {
+                tag: tag.into(),
+                source,
+            })?;
         Ok(Self {
             tag: tag.into(),
             config,
             server: Arc::new(server),
             host: Some(host),
+            tree,
             worker: None,
+            service: None,
             keep_state: false,
         })
     }
@@ -119,36 +129,66 @@ impl VirtioDevice for Filesystem {
         };
         let memory = GuestView::of(&activation.memory, PRIVATE_SIZE).map_err(backend)?;
         let requests = Requests::new().map_err(|error| backend(io::Error::other(error)))?;
-        let handler = FilesystemHandler {
+        let mut queues = Vec::with_capacity(activation.queues.len());
+        let mut events = Vec::with_capacity(activation.queues.len());
+        for active in activation.queues {
+            queues.push(active.queue);
+            events.push(active.notified);
+        }
+        let service = Arc::new(Mutex::new(Service {
             memory,
-            queues: activation.queues,
+            queues,
             interrupt: activation.interrupt.clone(),
             server: self.server.clone(),
+            tree: self.tree.clone(),
             host,
             requests,
-            settled: false,
+            patience: Patience::new(),
+            broken: false,
             log: RateLimit::default(),
+        }));
+        let clones: io::Result<Vec<_>> = events.iter().map(EventFd::try_clone).collect();
+        let handler = FilesystemHandler {
+            service: service.clone(),
+            notified: clones.map_err(ActivateError::Thread)?,
+            settled: false,
         };
         let worker = Worker::spawn(Role::Filesystem, handler, activation.interrupt)?;
         self.worker = Some(worker);
+        self.service = Some((service, events));
         Ok(())
+    }
+
+    /// A vCPU answers what is short by itself.
+    fn notified_on_vcpu(&self, _queue: u16) -> bool {
+        true
+    }
+
+    fn notify(&mut self, queue: u16) {
+        if let Some((service, events)) = &self.service
+            && let Some(event) = events.get(usize::from(queue))
+        {
+            by_vcpu::notified(service, event, queue);
+        }
     }
 
     fn deactivate(&mut self) -> Vec<Queue> {
         let Some(worker) = self.worker.take() else {
             return Vec::new();
         };
-        let Some(mut handler) = worker.stop() else {
+        // No vCPU comes here as long as we do.
+        self.service = None;
+        let service = worker
+            .stop()
+            .and_then(|handler| Arc::into_inner(handler.service));
+        let Some(service) = service else {
             warn!(tag = self.tag, "the thread of the share has panicked");
             return Vec::new();
         };
-        handler.leave_nothing_waiting();
-        self.host = Some(handler.host);
-        handler
-            .queues
-            .into_iter()
-            .map(|active| active.queue)
-            .collect()
+        let mut service = service.into_inner().unwrap_or_else(PoisonError::into_inner);
+        service.leave_nothing_waiting();
+        self.host = Some(service.host);
+        service.queues
     }
 
     fn save(&mut self) -> Result<DeviceState, StateError> {

@@ -2,10 +2,12 @@
 //! virtiofsd's library in this process (docs/decisions/0001-virtio-fs-server.md).
 //!
 //! - `server`: the file server and its settings; `tree`: its files; `request`: requests as it may
-//!   see them; `handler`: the thread
+//!   see them; `write`: writes
+//! - `service`: the queues' requests; `handler`: the device's thread; `by_vcpu`: those of vCPUs
 //! - `host`: what goes beyond FUSE: `changes` of watched files, `sockets` of the host
 //! - `device`: the device as its transport sees it; `log`: the library's messages
 
+mod by_vcpu;
 mod changes;
 mod device;
 mod handler;
@@ -13,10 +15,12 @@ mod host;
 mod log;
 mod request;
 mod server;
+mod service;
 mod sockets;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod write;
 
 pub use device::{Filesystem, FilesystemError};
 pub use server::{Share, raise_open_files};

@@ -12,6 +12,7 @@ use virtiofsd::descriptor_utils::Reader;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::host::CONNECT;
+use super::write::WRITE;
 use crate::sys::guest_view::{GuestView, PRIVATE};
 use crate::virtio::chain::{Chain, ChainError};
 
@@ -20,6 +21,8 @@ const HEADER_SIZE: usize = 40;
 /// Bytes of a request that are copied. The longest request with names is a symbolic link: two
 /// names, its target and extensions.
 const COPIED: usize = 8192;
+/// Bytes of the header and `struct fuse_write_in`, which the data follows.
+const FIXED: usize = 80;
 /// Descriptors of the private chain: the copy and what stays in guest memory.
 const DESCRIPTORS: u16 = 1024;
 
@@ -115,6 +118,11 @@ impl Requests {
         number(self.body(), offset)
     }
 
+    /// The same with eight bytes.
+    pub(super) fn u64_at(&self, offset: usize) -> u64 {
+        wide_number(self.body(), offset)
+    }
+
     /// Which files it is about.
     pub(super) fn details(&self) -> Details {
         let (opcode, node, body) = (self.opcode(), self.node(), self.body());
@@ -152,7 +160,14 @@ impl Requests {
         queue_size: u16,
     ) -> Result<Request<'m>, TakeError> {
         let segments = segments(memory.original(), chain, queue_size)?;
-        let (copied, rest) = copy_out(memory.original(), &segments, self.copy.as_mut_slice())?;
+        let (fixed, more) = self.copy.split_at_mut(FIXED);
+        let (mut copied, mut rest) = copy_out(memory.original(), &segments, fixed)?;
+        // Data to write stays where it is.
+        if number(fixed, 4) != WRITE && copied == FIXED {
+            let (count, left) = copy_out(memory.original(), &rest, more)?;
+            copied += count;
+            rest = left;
+        }
         self.copied = copied;
         let copy = &self.copy[..copied];
         let header = copy

@@ -52,7 +52,7 @@ pub(super) type FileServer = Server<Tree>;
 
 /// Makes the server; to be called before the process has threads. Every inode that the guest knows
 /// holds a descriptor: see [`raise_open_files`].
-pub(super) fn new(share: Share) -> io::Result<(FileServer, HostSide)> {
+pub(super) fn new(share: Share) -> io::Result<(FileServer, Tree, HostSide)> {
     let root_dir = share.root.into_os_string().into_string().map_err(|path| {
         let message = format!("the path {} is not UTF-8", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, message)
@@ -71,7 +71,7 @@ pub(super) fn new(share: Share) -> io::Result<(FileServer, HostSide)> {
     umask(mask);
     let tree = Tree::new(files?);
     let host = HostSide::new(tree.clone(), descriptors, share.connections);
-    Ok((Server::new(tree), host))
+    Ok((Server::new(tree.clone()), tree, host))
 }
 
 /// Settings that do not depend on what is shared; docs/decisions/0001 has the reasons.

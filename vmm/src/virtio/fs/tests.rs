@@ -1,5 +1,6 @@
 //! The device against a driver that speaks FUSE as far as the tests need it.
 
+mod by_vcpu;
 mod host;
 
 use std::fs::{File, OpenOptions};
@@ -8,6 +9,8 @@ use std::path::PathBuf;
 
 use vm_memory::GuestAddress;
 
+use super::by_vcpu::Patience;
+use super::service::{By, Stopped, locked};
 use super::{Filesystem, Share};
 use crate::virtio::host_connections::HostConnections;
 use crate::virtio::testing::{DEADLINE, Directory, Driver, Random, Told, readable, writable};
@@ -377,7 +380,11 @@ fn random_chains() {
                 );
             }
             guest.driver.queues[1].offer(head);
-            guest.driver.queues[1].kick();
+            if random.below(2) == 0 {
+                guest.device.notify(1);
+            } else {
+                guest.driver.queues[1].kick();
+            }
         }
         assert_eq!(guest.device.deactivate().len(), 2);
     }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::fcntl_dupfd_cloexec;
@@ -14,17 +14,17 @@ use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SerializableFileSystem, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
 };
-use virtiofsd::fuse::{Attr, SetattrIn};
+use virtiofsd::fuse::{ATTR_SUBMOUNT, Attr, SetattrIn};
 use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
 /// The file system.
 #[derive(Clone)]
-pub(super) struct Tree(Arc<PassthroughFs>);
+pub(super) struct Tree(Arc<PassthroughFs>, Arc<AtomicBool>);
 
 impl Tree {
     pub(super) fn new(files: PassthroughFs) -> Self {
-        Self(Arc::new(files))
+        Self(Arc::new(files), Arc::default())
     }
 
     /// Opens a node that the guest knows for reading; files and directories only.
@@ -74,7 +74,31 @@ impl Tree {
         let mut kind = Kind(None);
         let context = of_this_process();
         let asked = self.0.read(context, node, handle, &mut kind, 0, 0, None, 0);
-        asked.is_ok() && kind.0.is_some_and(|kind| CLOSE_SILENTLY.contains(&kind))
+        let local = asked.is_ok() && kind.0.is_some_and(|kind| LOCAL.contains(&kind));
+        self.note(local);
+        local
+    }
+
+    /// Whether everything that is known to be shared lies on local file systems. Others may make who
+    /// asks wait for ever.
+    pub(super) fn is_near(&self) -> bool {
+        !self.1.load(Ordering::Relaxed)
+    }
+
+    fn note(&self, local: bool) {
+        if !local {
+            self.1.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// A mount within the share is found: notes what kind of file system that is.
+    fn note_mount(&self, entry: &Entry) {
+        if entry.attr.flags & ATTR_SUBMOUNT != 0 {
+            let kind = self
+                .open_node(entry.inode)
+                .and_then(|directory| Ok(rustix::fs::fstatfs(&directory)?.f_type));
+            self.note(kind.is_ok_and(|kind| LOCAL.contains(&kind)));
+        }
     }
 
     /// What is known of a node.
@@ -120,7 +144,7 @@ impl ZeroCopyWriter for &mut Duplicate {
 
 /// Local file systems, statfs(2): ext4, XFS, btrfs, tmpfs, overlayfs (whose upper directory is local),
 /// F2FS, ZFS, bcachefs. Those of a network may have something to say when a file is closed.
-const CLOSE_SILENTLY: [i64; 8] = [
+const LOCAL: [i64; 8] = [
     0xef53,
     0x5846_5342,
     0x9123_683e,
@@ -194,16 +218,21 @@ impl FileSystem for Tree {
 
     /// Files are made as the user who asks, whom the guest has judged. It may know of capabilities that
     /// the host cannot (those of a user namespace over this user's directories), so the right to write
-    /// anywhere stays with the server's thread: the library keeps it for guests that do not tell
+    /// anywhere stays with the thread that serves: the library keeps it for guests that do not tell
     /// supplementary groups.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.0
             .init(capable.difference(FsOptions::CREATE_SUPP_GROUP))
     }
 
+    fn lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let entry = self.0.lookup(ctx, parent, name)?;
+        self.note_mount(&entry);
+        Ok(entry)
+    }
+
     pass_on! {
         destroy(&self);
-        lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry>;
         forget(&self, ctx: Context, inode: u64, count: u64);
         batch_forget(&self, ctx: Context, requests: Vec<(u64, u64)>);
         getattr(&self, ctx: Context, inode: u64, handle: Option<u64>) -> io::Result<(Attr, Duration)>;

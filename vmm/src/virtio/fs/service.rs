@@ -1,0 +1,236 @@
+//! Takes FUSE requests from the queues and answers them, for whoever holds it: the device's thread, or the
+//! thread of a vCPU that has just notified (`by_vcpu`).
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tracing::warn;
+use virtio_queue::{Queue, QueueT};
+use virtiofsd::descriptor_utils::Writer;
+
+use super::by_vcpu::Patience;
+use super::host::{self, HostSide, Outcome, Waiting};
+use super::request::Requests;
+use super::server::FileServer;
+use super::tree::Tree;
+use super::write;
+use crate::sys::guest_view::GuestView;
+use crate::virtio::Interrupt;
+use crate::virtio::chain::{self, Chain, QueueError};
+use crate::virtio::rate_limit::RateLimit;
+use crate::virtio::worker::{HandlerError, Poll};
+
+/// Requests answered between two looks at other events, such as the one that ends the thread.
+const BUDGET: usize = 256;
+/// Bytes of `struct fuse_out_header`: length, error, unique.
+pub(super) const OUT_HEADER: u32 = 16;
+
+/// Shared by the device's thread and those of vCPUs.
+pub(super) type SharedService = Arc<Mutex<Service>>;
+
+/// A panic elsewhere can only be a test's: the program aborts.
+pub(super) fn locked(service: &Mutex<Service>) -> MutexGuard<'_, Service> {
+    service.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Owns the queues while the device is active: the one for urgent requests and one for all others
+/// (virtio 1.2 §5.11.2).
+pub(super) struct Service {
+    pub(super) memory: GuestView,
+    pub(super) queues: Vec<Queue>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) server: Arc<FileServer>,
+    pub(super) tree: Tree,
+    pub(super) host: HostSide,
+    pub(super) requests: Requests,
+    pub(super) patience: Patience,
+    /// A queue is broken: nothing is answered any more.
+    pub(super) broken: bool,
+    pub(super) log: RateLimit,
+}
+
+/// Who serves.
+#[derive(Clone, Copy)]
+pub(super) enum By<'a> {
+    /// The device's thread, with what it waits for.
+    Device(&'a Poll),
+    /// The thread of a vCPU, whose guest stands still meanwhile.
+    Vcpu,
+}
+
+/// Why serving has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stopped {
+    /// There is nothing more; the driver will notify.
+    Empty,
+    /// There may be more; the driver may not notify.
+    More,
+}
+
+/// What becomes of the next request.
+enum Next {
+    Answered(u32),
+    Waits,
+    /// It is not for a vCPU.
+    Left,
+}
+
+impl Service {
+    /// Answers what a queue holds. A request that is not for who serves stays in the queue.
+    pub(super) fn serve(&mut self, by: By<'_>, index: u16) -> Result<Stopped, HandlerError> {
+        let broken = |source| QueueError { index, source };
+        let budget = match by {
+            By::Device(_) => BUDGET,
+            By::Vcpu => Patience::REQUESTS,
+        };
+        for _ in 0..budget {
+            let memory = self.memory.original();
+            let queue = &mut self.queues[usize::from(index)];
+            queue.disable_notification(memory).map_err(broken)?;
+            let Some(chain) = chain::next(queue, memory).map_err(broken)? else {
+                if queue.enable_notification(memory).map_err(broken)? {
+                    continue;
+                }
+                return Ok(Stopped::Empty);
+            };
+            let head = chain.head_index();
+            let place = (index, queue.size());
+            let mut one = One {
+                server: &self.server,
+                tree: &self.tree,
+                host: &mut self.host,
+                requests: &mut self.requests,
+                memory: &self.memory,
+                patience: &mut self.patience,
+            };
+            let written = match one.answer(by, chain, place) {
+                Ok(Next::Answered(written)) => written,
+                Ok(Next::Waits) => continue,
+                Ok(Next::Left) => {
+                    chain::put_back(&mut self.queues[usize::from(index)], 1);
+                    return Ok(Stopped::More);
+                }
+                Err(error) => {
+                    if let Some(unsaid) = self.log.allows() {
+                        warn!(%error, unsaid, "a file request of the guest is malformed");
+                    }
+                    0
+                }
+            };
+            // At once: the guest waits for this, and the next may take long.
+            self.used(index, head, written)?;
+        }
+        Ok(Stopped::More)
+    }
+
+    /// Gives a request back to the driver, answered with so many bytes.
+    fn used(&mut self, index: u16, head: u16, written: u32) -> Result<(), HandlerError> {
+        let broken = |source| QueueError { index, source };
+        let memory = self.memory.original();
+        let queue = &mut self.queues[usize::from(index)];
+        queue.add_used(memory, head, written).map_err(broken)?;
+        if queue.needs_notification(memory).map_err(broken)? {
+            self.interrupt.used_buffers(index)?;
+        }
+        Ok(())
+    }
+
+    /// Answers the request that waits for events, if there are any.
+    pub(super) fn answer_events(&mut self) -> Result<(), HandlerError> {
+        match self.host.answerable() {
+            Some(waiting) => self.answer_waiting(&waiting),
+            None => Ok(()),
+        }
+    }
+
+    fn answer_waiting(&mut self, waiting: &Waiting) -> Result<(), HandlerError> {
+        let written = self.host.answer(self.memory.original(), waiting)?;
+        self.used(waiting.queue, waiting.head, written)
+    }
+
+    /// Answers the request that waits for events with none: it is asked again. No request is lost
+    /// that way when the queues are taken from here.
+    pub(super) fn leave_nothing_waiting(&mut self) {
+        if let Some(waiting) = self.host.give_up_waiting()
+            && let Err(error) = self.answer_waiting(&waiting)
+        {
+            warn!(%error, "the guest hears of no more changes of the host");
+        }
+    }
+}
+
+/// What one request is answered with.
+struct One<'a> {
+    server: &'a FileServer,
+    tree: &'a Tree,
+    host: &'a mut HostSide,
+    requests: &'a mut Requests,
+    memory: &'a GuestView,
+    patience: &'a mut Patience,
+}
+
+impl One<'_> {
+    /// Carries out one request of a queue of this number and size. Requests that the server cannot
+    /// read, or must not, get EINVAL, and an error if there is no room for that.
+    fn answer(
+        &mut self,
+        by: By<'_>,
+        chain: Chain<'_>,
+        place: (u16, u16),
+    ) -> Result<Next, HandlerError> {
+        let writer = Writer::new(self.memory.view(), chain.clone())?;
+        let request = self.requests.take(self.memory, chain.clone(), place.1)?;
+        let poll = match by {
+            By::Device(poll) => Some(poll),
+            By::Vcpu if !self.patience.allows(self.tree, self.requests) => return Ok(Next::Left),
+            By::Vcpu => None,
+        };
+        if !request.acceptable {
+            return refuse(writer, request.unique);
+        }
+        if let host::WATCH | host::EVENTS | host::CONNECT = self.requests.opcode() {
+            let Some(poll) = poll else {
+                return Ok(Next::Left);
+            };
+            let memory = self.memory.original();
+            let outcome = self.host.serve(poll, memory, self.requests, chain, place)?;
+            return Ok(match outcome {
+                Outcome::Answered(written) => Next::Answered(written),
+                Outcome::Waits => Next::Waits,
+            });
+        }
+        let details = self.host.before(self.requests);
+        let spare = writer.clone();
+        let answered = if self.requests.opcode() == write::WRITE {
+            write::answer(self.tree, self.requests, request.reader, writer)
+        } else {
+            self.server
+                .handle_message(request.reader, writer, None::<&mut ()>)
+                .map_err(HandlerError::from)
+        };
+        if let Some(details) = details {
+            self.host.after(&details);
+        }
+        if poll.is_none() {
+            self.patience.note();
+        }
+        match answered {
+            Ok(written) => Ok(Next::Answered(u32::try_from(written)?)),
+            Err(error) => {
+                // The library's messages are limited in number already.
+                log::warn!("{error}");
+                refuse(spare, request.unique)
+            }
+        }
+    }
+}
+
+/// Writes an answer of EINVAL.
+fn refuse(mut writer: Writer<'_>, unique: [u8; 8]) -> Result<Next, HandlerError> {
+    let mut answer = [0; 16];
+    answer[..4].copy_from_slice(&OUT_HEADER.to_le_bytes());
+    answer[4..8].copy_from_slice(&(-libc::EINVAL).to_le_bytes());
+    answer[8..].copy_from_slice(&unique);
+    writer.write_all(&answer)?;
+    Ok(Next::Answered(OUT_HEADER))
+}
