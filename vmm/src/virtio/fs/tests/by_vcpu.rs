@@ -28,14 +28,17 @@ impl Guest {
         let header = Body::new().u32(length).u32(opcode).u64(0x77).u64(node);
         let header = header.u32(0).u32(0).u32(1).u32(0).bytes(body);
         self.driver.space.write(self.request, &header.0);
+        let (service, _) = self.device.service.as_ref().expect("active");
+        // The device's thread may be about to look for more.
+        let mut held = locked(service);
         self.driver.queues[1].add(&[
             readable(self.request, length),
             writable(self.answer, (1 << 20) + 4096),
         ]);
-        let (service, _) = self.device.service.as_ref().expect("active");
-        let stopped = locked(service).serve(By::Vcpu, 1).expect("serve");
+        let stopped = held.serve(By::Vcpu, 1).expect("serve");
         assert_eq!(stopped, Stopped::More, "{opcode}");
         assert!(!self.driver.queues[1].has_used(), "{opcode}");
+        drop(held);
         self.driver.queues[1].kick();
         self.driver.wait_used(1);
     }
@@ -122,16 +125,15 @@ fn many_requests_do_not_hold_a_vcpu() {
     let header = Body::new().u32(length).u32(GETATTR).u64(0x77).u64(ROOT);
     let header = header.u32(0).u32(0).u32(1).u32(0).bytes(&[0; 16]);
     guest.driver.space.write(guest.request, &header.0);
+    // The device's thread is kept off.
+    let (service, events) = guest.device.service.as_ref().expect("active");
+    let mut held = locked(service);
     for _ in 0..200 {
         guest.driver.queues[1].add(&[
             readable(guest.request, length),
             writable(guest.answer, 4096),
         ]);
     }
-    // The device's thread is kept off.
-    let (service, events) = guest.device.service.as_ref().expect("active");
-    let mut held = locked(service);
-    held.patience = Patience::new();
     let stopped = held.serve(By::Vcpu, 1).expect("serve");
     assert_eq!(stopped, Stopped::More);
     events[1].write(1).expect("signal");
