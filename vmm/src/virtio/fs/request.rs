@@ -41,6 +41,8 @@ pub(super) struct Requests {
     copy: Box<[u8; COPIED]>,
     /// How much of it is the present request's.
     copied: usize,
+    /// Its device-readable buffers; kept, as memory is asked for often enough otherwise.
+    segments: Vec<(GuestAddress, u32)>,
 }
 
 /// Which files a request is about, as far as changes of them go.
@@ -83,6 +85,7 @@ impl Requests {
             },
             copy: Box::new([0; COPIED]),
             copied: 0,
+            segments: Vec::new(),
         })
     }
 
@@ -159,21 +162,22 @@ impl Requests {
         chain: Chain<'_>,
         queue_size: u16,
     ) -> Result<Request<'m>, TakeError> {
-        let segments = segments(memory.original(), chain, queue_size)?;
+        list_segments(memory.original(), chain, queue_size, &mut self.segments)?;
         let (fixed, more) = self.copy.split_at_mut(FIXED);
-        let (mut copied, mut rest) = copy_out(memory.original(), &segments, fixed)?;
+        let (mut copied, rest) = copy_out(memory.original(), &mut self.segments, fixed)?;
+        let mut rest = &mut self.segments[rest..];
         // Data to write stays where it is.
         if number(fixed, 4) != WRITE && copied == FIXED {
-            let (count, left) = copy_out(memory.original(), &rest, more)?;
+            let (count, left) = copy_out(memory.original(), rest, more)?;
             copied += count;
-            rest = left;
+            rest = &mut rest[left..];
         }
         self.copied = copied;
         let copy = &self.copy[..copied];
         let header = copy
             .first_chunk::<HEADER_SIZE>()
             .ok_or(ChainError::TooShort)?;
-        let reader = self.queue.reader(memory.with_private(), copy, &rest)?;
+        let reader = self.queue.reader(memory.with_private(), copy, rest)?;
         Ok(Request {
             reader,
             unique: std::array::from_fn(|i| header[8 + i]),
@@ -223,13 +227,14 @@ pub(super) enum TakeError {
     Reader(#[from] virtiofsd::descriptor_utils::Error),
 }
 
-/// The device-readable buffers of a chain, each in guest memory.
-fn segments(
+/// Lists the device-readable buffers of a chain, each in guest memory.
+fn list_segments(
     memory: &GuestMemoryMmap,
     chain: Chain<'_>,
     queue_size: u16,
-) -> Result<Vec<(GuestAddress, u32)>, ChainError> {
-    let mut segments = Vec::new();
+    segments: &mut Vec<(GuestAddress, u32)>,
+) -> Result<(), ChainError> {
+    segments.clear();
     let mut count = 0;
     for descriptor in chain {
         count += 1;
@@ -249,28 +254,30 @@ fn segments(
         }
         segments.push((address, length));
     }
-    Ok(segments)
+    Ok(())
 }
 
-/// Copies the first bytes; gives how many, and the segments that are left.
+/// Copies the first bytes; gives how many, and where in the segments what is left begins: the first of
+/// those is shortened to that.
 fn copy_out(
     memory: &GuestMemoryMmap,
-    segments: &[(GuestAddress, u32)],
+    segments: &mut [(GuestAddress, u32)],
     copy: &mut [u8],
-) -> Result<(usize, Vec<(GuestAddress, u32)>), vm_memory::GuestMemoryError> {
+) -> Result<(usize, usize), vm_memory::GuestMemoryError> {
     let mut done = 0;
-    let mut rest = Vec::new();
-    for (address, length) in segments {
+    for (index, (address, length)) in segments.iter_mut().enumerate() {
         let room = u32::try_from(copy.len() - done).unwrap_or(u32::MAX);
         let part = room.min(*length);
         let end = done + usize::try_from(part).unwrap_or(0);
         memory.read_slice(&mut copy[done..end], *address)?;
         done = end;
         if part < *length {
-            rest.push((address.unchecked_add(u64::from(part)), length - part));
+            *address = address.unchecked_add(u64::from(part));
+            *length -= part;
+            return Ok((done, index));
         }
     }
-    Ok((done, rest))
+    Ok((done, segments.len()))
 }
 
 /// Whether every name in the request is the name of an entry of a directory: no path, not `.` or

@@ -199,8 +199,8 @@ impl One<'_> {
                 Outcome::Waits => Next::Waits,
             });
         }
+        let unique = request.unique;
         let details = self.host.before(self.requests);
-        let spare = writer.clone();
         let answered = if self.requests.opcode() == write::WRITE {
             write::answer(self.tree, self.requests, request.reader, writer)
         } else {
@@ -219,7 +219,7 @@ impl One<'_> {
             Err(error) => {
                 // The library's messages are limited in number already.
                 log::warn!("{error}");
-                refuse(spare, request.unique)
+                refuse(Writer::new(self.memory.view(), chain)?, unique)
             }
         }
     }

@@ -36,21 +36,18 @@ pub(super) fn answer(
     mut writer: Writer<'_>,
 ) -> Result<usize, HandlerError> {
     let data = reader.split_at(BEFORE_DATA)?;
-    let (error, body) = match carry_out(tree, requests, &data) {
-        Ok((count, observed)) => (0, observed.tell(u32::try_from(count)?)),
-        Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
+    let mut answer = [0; HEADER + PLAIN + MORE];
+    let (header, body) = answer.split_at_mut(HEADER);
+    let (error, told) = match carry_out(tree, requests, &data) {
+        Ok((count, observed)) => (0, observed.tell(u32::try_from(count)?, body)),
+        Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), 0),
     };
     let room = writer.available_bytes().saturating_sub(HEADER);
-    let body = &body[..body
-        .len()
-        .min(if room < PLAIN + MORE { PLAIN } else { room })];
-    let length = HEADER + body.len();
-    let mut message = Vec::with_capacity(length);
-    message.extend(u32::try_from(length)?.to_le_bytes());
-    message.extend((-error).to_le_bytes());
-    message.extend(requests.unique());
-    message.extend(body);
-    writer.write_all(&message)?;
+    let length = HEADER + if room < told { told.min(PLAIN) } else { told };
+    header[..4].copy_from_slice(&u32::try_from(length)?.to_le_bytes());
+    header[4..8].copy_from_slice(&(-error).to_le_bytes());
+    header[8..].copy_from_slice(&requests.unique());
+    writer.write_all(&answer[..length])?;
     Ok(length)
 }
 
@@ -151,20 +148,20 @@ impl<'a> Observed<'a> {
         privileged(self.before) || privileged(self.after)
     }
 
-    /// The answer's body.
-    fn tell(&self, count: u32) -> Vec<u8> {
-        let mut body = Vec::with_capacity(PLAIN + MORE);
-        body.extend(count.to_le_bytes());
-        body.extend([0; 4]);
-        if let (Some(before), Some(after)) = (self.before, self.after) {
-            body.extend(before.size.to_le_bytes());
-            body.extend(before.changed.0.to_le_bytes());
-            body.extend(after.changed.0.to_le_bytes());
-            for nanoseconds in [before.changed.1, after.changed.1] {
-                body.extend(u32::try_from(nanoseconds).unwrap_or(0).to_le_bytes());
-            }
+    /// Puts the answer's body together; gives its length.
+    fn tell(&self, count: u32, body: &mut [u8]) -> usize {
+        body[..4].copy_from_slice(&count.to_le_bytes());
+        let (Some(before), Some(after)) = (self.before, self.after) else {
+            return PLAIN;
+        };
+        body[8..16].copy_from_slice(&before.size.to_le_bytes());
+        body[16..24].copy_from_slice(&before.changed.0.to_le_bytes());
+        body[24..32].copy_from_slice(&after.changed.0.to_le_bytes());
+        for (at, nanoseconds) in [(32, before.changed.1), (36, after.changed.1)] {
+            let nanoseconds = u32::try_from(nanoseconds).unwrap_or(0);
+            body[at..at + 4].copy_from_slice(&nanoseconds.to_le_bytes());
         }
-        body
+        PLAIN + MORE
     }
 }
 
