@@ -9,7 +9,6 @@ use std::path::PathBuf;
 
 use vm_memory::GuestAddress;
 
-use super::by_vcpu::Patience;
 use super::service::{By, Stopped, locked};
 use super::{Filesystem, Share};
 use crate::virtio::host_connections::HostConnections;
