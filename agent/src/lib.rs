@@ -3,6 +3,7 @@
 //! requests, [`container`] holds what a container is. The library exists for the program and for
 //! tests that serve it over Unix sockets.
 
+mod bpf;
 pub mod container;
 pub mod error;
 pub mod guest;

@@ -126,19 +126,23 @@ pub fn of(spec: &Spec, config: &Config, host: Host) -> Result<GuestSize, SizeErr
     })
 }
 
+/// `linux.resources.memory.limit` in bytes; none for none and for -1, which means none.
+pub(crate) fn memory_limit(spec: &Spec) -> Option<u64> {
+    spec.linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref())
+        .and_then(|resources| resources.memory().as_ref())
+        .and_then(|memory| memory.limit())
+        .and_then(|limit| u64::try_from(limit).ok())
+}
+
 fn memory(
     spec: &Spec,
     (base, base_field): (u32, String),
     rules: &GuestRules,
     host: Host,
 ) -> Result<u32, SizeError> {
-    let limit = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.resources().as_ref())
-        .and_then(|resources| resources.memory().as_ref())
-        .and_then(|memory| memory.limit())
-        .and_then(|limit| u64::try_from(limit).ok());
+    let limit = memory_limit(spec);
     let for_limit = limit.map_or(0, |limit| {
         let limit = limit.div_ceil(MIB);
         limit + limit / 64 + GUEST_OVERHEAD

@@ -6,6 +6,10 @@
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use crate::{
+    bpf::{
+        AND_CONSTANT, CONTEXT, EXIT, JUMP_IF_EQUAL, JUMP_IF_NOT_EQUAL, LOAD_WORD, MOVE_CONSTANT,
+        MOVE_REGISTER, RESULT, SHIFT_RIGHT, instruction,
+    },
     error::{Error, Result},
     sys::BpfInstruction,
 };
@@ -106,34 +110,13 @@ fn rule(field: &str, device: &LinuxDeviceCgroup) -> Result<Rule> {
     })
 }
 
-// Operations of include/uapi/linux/bpf.h, class and source in the low bits.
-const LOAD_WORD: u8 = 0x61; // LDX | MEM | W
-const MOVE_REGISTER: u8 = 0xbf; // ALU64 | MOV | X
-const MOVE_CONSTANT: u8 = 0xb7; // ALU64 | MOV | K
-const AND_CONSTANT: u8 = 0x57; // ALU64 | AND | K
-const SHIFT_RIGHT: u8 = 0x77; // ALU64 | RSH | K
-const JUMP_IF_EQUAL: u8 = 0x15; // JMP | JEQ | K
-const JUMP_IF_NOT_EQUAL: u8 = 0x55; // JMP | JNE | K
-const EXIT: u8 = 0x95;
-
-// Registers: R0 result, R1 context, and ours.
-const RESULT: u8 = 0;
-const CONTEXT: u8 = 1;
+// Registers of ours.
 const KIND: u8 = 2;
 /// The accesses that no rule has allowed yet.
 const WANTED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
-
-fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> BpfInstruction {
-    BpfInstruction {
-        code,
-        registers: source << 4 | target,
-        offset,
-        immediate,
-    }
-}
 
 /// The program for the rules: the last rule is looked at first, each takes the accesses that it
 /// decides out of those that are wanted.

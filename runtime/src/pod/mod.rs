@@ -20,7 +20,7 @@ pub use leave::{LeaveError, leave, pass_on};
 pub use pieces::{PieceError, add, directory_of};
 
 use crate::{
-    guest_size::GuestSize,
+    guest_size::{ANNOTATIONS, GuestSize, memory_limit},
     spec::check::NamespacePath,
     state::{Container, ContainerStatus, ProcessIdentity, Record, StateError, StateRoot},
 };
@@ -300,7 +300,7 @@ impl Joined {
     /// Judges what the container asks for that the VM must have.
     pub fn judge(&self, spec: &Spec) -> Result<(), PodError> {
         for name in spec.annotations().iter().flat_map(|all| all.keys()) {
-            if crate::guest_size::ANNOTATIONS.contains(&name.as_str()) {
+            if ANNOTATIONS.contains(&name.as_str()) {
                 tracing::warn!(
                     "the annotation {name:?} has no effect: the virtual machine is that of \
                      container {:?}, which was made before",
@@ -308,14 +308,7 @@ impl Joined {
                 );
             }
         }
-        let limit = spec
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.resources().as_ref())
-            .and_then(|resources| resources.memory().as_ref())
-            .and_then(|memory| memory.limit())
-            .and_then(|limit| u64::try_from(limit).ok());
-        match limit.map(|limit| limit.div_ceil(1 << 20)) {
+        match memory_limit(spec).map(|limit| limit.div_ceil(1 << 20)) {
             Some(limit_mib) if limit_mib > self.guest.memory_mib.into() => Err(PodError::Memory {
                 limit_mib,
                 guest_mib: self.guest.memory_mib,

@@ -7,6 +7,9 @@ use std::{io, os::fd::AsFd, path::Path, sync::OnceLock};
 use bulkhead_agent_protocol::RESOLVER_ADDRESS;
 use rustix::fs::{Mode, OFlags, open};
 
+use crate::bpf::{
+    CONTEXT, EXIT, JUMP_IF_NOT_EQUAL, LOAD_WORD, MOVE_CONSTANT, RESULT, STORE_WORD, instruction,
+};
 use crate::sys::{self, BpfHook, BpfInstruction};
 
 /// Where the agent listens: above the ports that the kernel gives out by itself.
@@ -14,15 +17,7 @@ pub(super) const PORT: u16 = 61_053;
 /// RFC 1035.
 const DOMAIN: u16 = 53;
 
-// Operations of include/uapi/linux/bpf.h.
-const LOAD_WORD: u8 = 0x61; // LDX | MEM | W
-const STORE_WORD: u8 = 0x63; // STX | MEM | W
-const MOVE_CONSTANT: u8 = 0xb7; // ALU64 | MOV | K
-const JUMP_IF_NOT_EQUAL: u8 = 0x55; // JMP | JNE | K
-const EXIT: u8 = 0x95;
-
-const RESULT: u8 = 0;
-const CONTEXT: u8 = 1;
+/// The register that is ours.
 const VALUE: u8 = 2;
 
 /// Fields of `struct bpf_sock_addr`, both in the network's order of bytes.
@@ -64,13 +59,4 @@ fn program(from: u16, to: u16) -> [BpfInstruction; 8] {
         instruction(STORE_WORD, CONTEXT, VALUE, USER_PORT, 0),
         instruction(EXIT, 0, 0, 0, 0),
     ]
-}
-
-fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> BpfInstruction {
-    BpfInstruction {
-        code,
-        registers: source << 4 | target,
-        offset,
-        immediate,
-    }
 }
