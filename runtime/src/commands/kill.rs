@@ -2,8 +2,13 @@
 
 use bulkhead_agent_protocol::messages::{Empty, SignalProcessRequest};
 
-use super::{Context, Error, ask, living};
-use crate::{cli::Kill, signal, state::ContainerStatus};
+use super::{CALL_LIMIT, Context, Error, ask, living};
+use crate::{
+    agent::{AgentError, rpc::RpcError},
+    cli::Kill,
+    signal,
+    state::{ContainerStatus, Record},
+};
 
 pub(super) fn kill(context: &Context, options: &Kill) -> Result<u8, Error> {
     let signal = signal::parse(&options.signal)?;
@@ -14,13 +19,68 @@ pub(super) fn kill(context: &Context, options: &Kill) -> Result<u8, Error> {
             return Ok(0);
         }
     }
-    let (container, _) = living(context, &options.id)?;
+    let (container, record) = living(context, &options.id)?;
     let request = SignalProcessRequest {
         container_id: options.id.clone(),
         signal,
         all: options.all,
         ..Default::default()
     };
-    let _: Empty = ask(&container, "SignalProcess", &request)?;
-    Ok(0)
+    sent(ask(&container, "SignalProcess", &request), &record)
+}
+
+/// What became of the signal.
+fn sent(asked: Result<Empty, Error>, record: &Record) -> Result<u8, Error> {
+    match asked {
+        Ok(_) => Ok(0),
+        // One that ends the container may end the guest before the agent's answer has left it.
+        Err(Error::Agent(AgentError::Rpc(RpcError::Closed | RpcError::Io(_)))) if ends(record) => {
+            Ok(0)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the container comes to its end now.
+fn ends(record: &Record) -> bool {
+    let Some(monitor) = record.monitor else {
+        return true;
+    };
+    match monitor.open() {
+        Ok(Some(monitor)) => monitor.wait(CALL_LIMIT).unwrap_or(false),
+        Ok(None) => true,
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, process::Command};
+
+    use super::*;
+    use crate::state::ProcessIdentity;
+
+    fn lost() -> Result<Empty, Error> {
+        Err(Error::Agent(RpcError::Closed.into()))
+    }
+
+    #[test]
+    fn an_answer_that_the_guests_end_has_swallowed_is_not_missed() {
+        let mut monitor = Command::new("sleep").arg("1000").spawn().expect("spawn");
+        let own = ProcessIdentity::own().expect("own");
+        let mut record = Record::new("c", Path::new("/b"), "1.2.0", own);
+        record.monitor = Some(ProcessIdentity::of(monitor.id()).expect("identity"));
+        monitor.kill().expect("kill");
+        assert!(matches!(sent(lost(), &record), Ok(0)));
+        monitor.wait().expect("wait");
+        assert!(matches!(sent(lost(), &record), Ok(0)));
+    }
+
+    #[test]
+    fn a_refusal_stays_one() {
+        let own = ProcessIdentity::own().expect("own");
+        let record = Record::new("c", Path::new("/b"), "1.2.0", own);
+        let refused = Err(Error::Agent(RpcError::TimedOut("SignalProcess").into()));
+        assert!(sent(refused, &record).is_err());
+    }
 }
