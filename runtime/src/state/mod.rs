@@ -336,6 +336,19 @@ impl Holders {
     }
 }
 
+/// Removes what somebody may still put something into: a VMM whose creator was killed before it wrote
+/// the VMM down makes its few sockets before it notices.
+fn until_empty(mut remove: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    const MOST: usize = 4;
+    for _ in 0..MOST {
+        match remove() {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            ended => return ended,
+        }
+    }
+    remove()
+}
+
 impl Locked<'_> {
     /// Replaces the record.
     pub fn write(&self, record: &Record) -> Result<(), StateError> {
@@ -371,7 +384,7 @@ impl Locked<'_> {
         for name in names.iter().filter(|name| *name != RECORD) {
             let path = container.path.join(name);
             if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir()) {
-                fs::remove_dir_all(&path).map_err(io_error("remove", path))?;
+                until_empty(|| fs::remove_dir_all(&path)).map_err(io_error("remove", path))?;
             } else {
                 fs::remove_file(&path).map_err(io_error("remove", path))?;
             }
@@ -399,6 +412,28 @@ mod tests {
             "1.2.0",
             ProcessIdentity::own().unwrap(),
         )
+    }
+
+    #[test]
+    fn what_is_put_in_during_removal_is_removed_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let sockets = directory.path().join("sockets");
+        fs::create_dir(&sockets).unwrap();
+        let mut late = 2;
+        until_empty(|| {
+            // As seen by whoever has listed the directory before.
+            if late > 0 {
+                late -= 1;
+                fs::write(sockets.join(late.to_string()), "").unwrap();
+                return fs::remove_dir(&sockets);
+            }
+            fs::remove_dir_all(&sockets)
+        })
+        .unwrap();
+        assert!(!sockets.exists());
+        fs::create_dir(&sockets).unwrap();
+        fs::write(sockets.join("kept"), "").unwrap();
+        assert!(until_empty(|| fs::remove_dir(&sockets)).is_err());
     }
 
     #[test]
