@@ -85,7 +85,10 @@ fn out_of_memory(engine: &Engine) -> Result<()> {
         ],
     )?;
     engine.call(&["wait", "made-oom"])?.ok()?.says(&["137"])?;
-    engine.expect_field("made-oom", "{{.State.OOMKilled}}", "true")?;
+    // Engines ask the host's cgroup, and the guest's kernel ended it (docs/podman.md, "What differs").
+    if !engine.bulkhead() {
+        engine.expect_field("made-oom", "{{.State.OOMKilled}}", "true")?;
+    }
     engine.remove(&["made-oom"])
 }
 
@@ -141,7 +144,9 @@ fn without_cgroups(engine: &Engine) -> Result<()> {
     let configuration = engine.path("containers.conf");
     std::fs::write(
         &configuration,
-        "[engine]\nruntime_supports_nocgroup = [\"bulkhead\", \"crun\"]\n",
+        "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n\
+         runtime_supports_nocgroup = [\"bulkhead\", \"crun\"]\n\
+         [engine.runtimes]\nbulkhead = [\"/opt/bulkhead/bin/bulkhead\"]\n",
     )?;
     let mut command = engine.command(&[
         "run",
