@@ -23,7 +23,10 @@ use rustix::{
 };
 use thiserror::Error;
 
-use crate::{share::Share, sys};
+use crate::{
+    share::Share,
+    sys::{self, MountChange},
+};
 
 /// The place could not be made.
 #[derive(Debug, Error)]
@@ -159,13 +162,21 @@ fn error(what: &'static str, path: PathBuf) -> impl FnOnce(Errno) -> ViewError {
     }
 }
 
-/// A detached copy of the mount at a path.
+/// A detached copy of the mount at a path, private: the copy of a shared mount would be shared with
+/// it, so that what is mounted below it here would appear on the host.
 fn clone_mount(path: &Path, recursive: bool) -> Result<OwnedFd, Errno> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    open_tree(CWD, path, flags)
+    let mount = open_tree(CWD, path, flags)?;
+    let private = MountChange {
+        private: true,
+        recursive,
+        ..MountChange::default()
+    };
+    sys::change_mount(mount.as_fd(), private)?;
+    Ok(mount)
 }
 
 /// Makes `root` the root of a mount namespace of the calling thread's own that holds nothing else.
@@ -177,8 +188,6 @@ fn change_root(root: &OwnedFd) -> Result<(), Errno> {
     let whole = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(root, "", CWD, "/proc", whole)?;
     fchdir(root)?;
-    // The copy of a shared mount is shared with it, and such a one cannot become the root.
-    mount_change(".", private)?;
     pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     chdir("/")

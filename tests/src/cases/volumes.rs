@@ -4,15 +4,40 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Result, ensure};
-use rustix::mount::MountFlags;
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount_change};
 use serde_json::json;
 
 use crate::scene::Scene;
 
 super::cases!(volumes;
-    common: read_write, read_only, single_file, made_mount_points, options, recursive, later_changes,
+    common: read_write, read_only, single_file, made_mount_points, options, recursive, one_in_another, later_changes,
         rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount, shared_memory;
     vm: propagation, id_mapped);
+
+/// The mount of the inner one is the container's, though the outer one lies on a mount that the host
+/// shares with others.
+fn one_in_another(scene: &Scene) -> Result<()> {
+    let (shared, inner) = (scene.path("shared"), scene.path("inner"));
+    fs::create_dir(&shared)?;
+    fs::create_dir(&inner)?;
+    rustix::mount::mount("shared", &shared, "tmpfs", MountFlags::empty(), None)?;
+    mount_change(&shared, MountPropagationFlags::SHARED)?;
+    let outer = shared.join("outer");
+    fs::create_dir_all(outer.join("at"))?;
+    fs::write(inner.join("x"), "inner\n")?;
+    let bundle = scene
+        .bundle()?
+        .shell("cat /o/at/x; echo up; sleep 1000")
+        .bind(&outer, "/o", &["rbind"])
+        .bind(&inner, "/o/at", &["rbind"]);
+    let mut container = scene.start(&bundle)?;
+    container.streams.wait_for("inner\nup\n")?;
+    ensure!(!outer.join("at/x").exists(), "it is mounted on the host");
+    scene.destroy(&container.id)?;
+    ensure!(!outer.join("at/x").exists(), "it is left on the host");
+    rustix::mount::unmount(&shared, UnmountFlags::empty())?;
+    Ok(())
+}
 
 /// Engines make a tmpfs for /dev/shm and name it as a bind mount's source.
 fn shared_memory(scene: &Scene) -> Result<()> {
