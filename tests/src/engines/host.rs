@@ -35,6 +35,9 @@ const PLACES: [&str; 15] = [
     "/var/lib/docker/containers",
 ];
 
+/// Podman's own, made with its first volume and kept.
+const DEVICE: &str = "/var/lib/containers/storage/volumes/backingFsBlockDev";
+
 const PODMANS: &str = "/var/lib/containers/storage/overlay";
 
 /// RTMGRP_LINK of linux/rtnetlink.h.
@@ -71,7 +74,7 @@ impl Host {
             let paths = leftovers::entries(Path::new(place)).into_iter();
             let paths = paths.map(|name| format!("{place}/{name}"));
             // A directory of all containers comes with the first and stays.
-            all.extend(paths.filter(|path| !PLACES.contains(&path.as_str())));
+            all.extend(paths.filter(|path| !PLACES.contains(&path.as_str()) && path != DEVICE));
         }
         let mut control = std::process::Command::new("tc");
         control.args(["qdisc", "show"]);
