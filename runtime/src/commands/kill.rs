@@ -43,14 +43,9 @@ fn sent(asked: Result<Empty, Error>, record: &Record) -> Result<u8, Error> {
 
 /// Whether the container comes to its end now.
 fn ends(record: &Record) -> bool {
-    let Some(monitor) = record.monitor else {
-        return true;
-    };
-    match monitor.open() {
-        Ok(Some(monitor)) => monitor.wait(CALL_LIMIT).unwrap_or(false),
-        Ok(None) => true,
-        Err(_) => false,
-    }
+    record
+        .monitor
+        .is_none_or(|monitor| monitor.ends_within(CALL_LIMIT))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use super::pieces::{self, PieceError, directory_of};
 use crate::{
     agent::{self, AgentError, rpc::RpcError},
     cgroup::{Cgroup, CgroupError},
-    state::{Container, ProcessIdentity, Record},
+    state::{Container, Record},
     vm::VmProcess,
     wait::Deadline,
 };
@@ -53,16 +53,8 @@ pub fn leave(container: &Container, record: &Record) -> Result<(), LeaveError> {
     let taken = pieces::remove(vmm, &directory_of(record)).map_err(LeaveError::from);
     match removed.and(taken) {
         // The others have left meanwhile, and what fails does because the VM ends.
-        Err(_) if is_ending(vmm) => Ok(()),
+        Err(_) if vmm.ends_within(END_LIMIT) => Ok(()),
         left => left,
-    }
-}
-
-fn is_ending(vmm: ProcessIdentity) -> bool {
-    match vmm.open() {
-        Ok(Some(process)) => process.wait(END_LIMIT).unwrap_or(false),
-        Ok(None) => true,
-        Err(_) => false,
     }
 }
 
@@ -104,7 +96,7 @@ pub fn pass_on(
     };
     if Cgroup::at(&record.cgroup)?.holds(vmm.pid) {
         match Cgroup::at(&heir.cgroup)?.place(vmm.pid) {
-            Err(error) if !is_ending(vmm) => return Err(error),
+            Err(error) if !vmm.ends_within(END_LIMIT) => return Err(error),
             _ => {}
         }
     }

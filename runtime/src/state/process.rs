@@ -70,6 +70,15 @@ impl ProcessIdentity {
         // nothing is then taken away from under it.
         self.open().map_or(true, |process| process.is_some())
     }
+
+    /// Whether the process has ended or does so in this time; when it cannot be told, it does not.
+    pub fn ends_within(self, limit: Duration) -> bool {
+        match self.open() {
+            Ok(Some(process)) => process.wait(limit).unwrap_or(false),
+            Ok(None) => true,
+            Err(_) => false,
+        }
+    }
 }
 
 /// A process that lived when it was opened.
