@@ -1,7 +1,13 @@
 //! Where every thread of the monitor begins.
 
 use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+
+/// What threads share. A panic of one that held it can only be a test's: the program aborts.
+pub fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::ports::{Place, locked};
+use super::ports::Place;
 use super::{Assembly, Machine, MachineError};
 use crate::kvm::vm::Vm;
 use crate::layout;
+use crate::threads::locked;
 use crate::virtio::interrupt::{MmioInterrupt, USED};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::registers::{RegisterPages, register};

@@ -25,10 +25,11 @@ use crate::kvm::vcpu::{RunningVcpu, Vcpu};
 use crate::kvm::vm::Vm;
 use crate::layout;
 use crate::memory::{self, MemoryError};
+use crate::threads::locked;
 use crate::virtio::StateError;
 use crate::virtio::mmio_state::TransportState;
 use devices::Backplane;
-use ports::{Ports, locked};
+use ports::Ports;
 use serial::{GuestLog, SerialPort};
 
 /// Why a machine could not be made, started or saved.

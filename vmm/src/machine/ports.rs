@@ -1,13 +1,14 @@
 //! Where the vCPUs' accesses to devices go: virtio-mmio by address, the few legacy ports by number.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tracing::debug;
 
 use super::serial::SerialPort;
 use crate::kvm::exits::{Bus, Ending};
 use crate::layout;
+use crate::threads::locked;
 use crate::virtio::mmio::MmioTransport;
 
 /// First of the eight ports of COM1.
@@ -88,7 +89,7 @@ impl Bus for Ports {
 
     fn read_port(&self, port: u16, data: &mut [u8]) {
         if let Some((serial, offset)) = self.serial(port) {
-            let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut serial = locked(serial);
             data.fill_with(|| serial.read(offset));
             return;
         }
@@ -101,7 +102,7 @@ impl Bus for Ports {
 
     fn write_port(&self, port: u16, data: &[u8]) -> Option<Ending> {
         if let Some((serial, offset)) = self.serial(port) {
-            let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut serial = locked(serial);
             data.iter().for_each(|byte| serial.write(offset, *byte));
         } else if port == KEYBOARD {
             return data.contains(&KEYBOARD_RESET).then_some(Ending::Reset);
@@ -110,9 +111,4 @@ impl Bus for Ports {
         }
         None
     }
-}
-
-/// A panic while a place was locked can only be a test's: the program aborts.
-pub(super) fn locked(place: &Mutex<Place>) -> MutexGuard<'_, Place> {
-    place.lock().unwrap_or_else(PoisonError::into_inner)
 }

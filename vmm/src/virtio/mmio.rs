@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::MmioInterrupt;
 use super::queue::QueueRegisters;
 use super::registers::{CONFIG_SIZE, register};
-use super::{Activation, ActiveQueue, Memory, VirtioDevice};
+use super::{Activation, ActiveQueue, Memory, VirtioDevice, worker};
 use crate::failure::Chain;
 
 /// Bits of the status register (§2.1).
@@ -329,11 +329,7 @@ impl MmioTransport {
             return;
         }
         self.active = true;
-        for event in &self.notifications {
-            if let Err(error) = event.write(1) {
-                warn!(%error, "cannot signal a device");
-            }
-        }
+        self.notifications.iter().for_each(worker::signal);
     }
 
     /// The queues as the device gets them.

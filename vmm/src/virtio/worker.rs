@@ -22,6 +22,14 @@ const BATCH: usize = 16;
 /// The token of the event that ends the loop; handlers may not use it.
 const STOP: u64 = u64::MAX;
 
+/// Has the thread that waits for the event look for something to do.
+pub fn signal(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        // It refuses only an overflowing count, which single signals cannot reach.
+        warn!(%error, "cannot signal a device");
+    }
+}
+
 /// Why a handler cannot go on; the driver must reset the device. Its text is for the log.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -120,10 +128,7 @@ impl<H: Handler> Worker<H> {
     /// Ends the thread and gives the handler back, after the event that it is at. Gives nothing if
     /// the thread panicked (tests only: the program aborts on a panic).
     pub fn stop(self) -> Option<H> {
-        if let Err(error) = self.stop.write(1) {
-            // An eventfd refuses only an overflowing count, which one write cannot reach.
-            warn!(%error, "cannot signal a device thread");
-        }
+        signal(&self.stop);
         self.thread.join().ok()
     }
 }

@@ -6,13 +6,14 @@ use std::cell::Cell;
 use std::sync::{Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::handler::settle;
 use super::request::Requests;
 use super::service::{By, Service, Stopped};
 use super::tree::Tree;
+use super::write::WRITE;
+use crate::virtio::worker::signal;
 
 /// Bytes of data that are copied at most.
 const MOST_BYTES: u32 = 256 << 10;
@@ -28,7 +29,6 @@ const FORGET: u32 = 2;
 const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
-const WRITE: u32 = 16;
 const SETATTR_SIZE: u32 = 1 << 3;
 
 thread_local! {
@@ -39,10 +39,8 @@ thread_local! {
 /// The driver has notified a queue, on a vCPU's thread. What is not done here is left to who waits
 /// for the queue's event.
 pub(super) fn notified(service: &Mutex<Service>, event: &EventFd, index: u16) {
-    if !run(service, index)
-        && let Err(error) = event.write(1)
-    {
-        warn!(%error, "cannot signal a device");
+    if !run(service, index) {
+        signal(event);
     }
 }
 

@@ -6,8 +6,9 @@ use rustix::fs::Mode;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::host;
-use super::service::{By, SharedService, Stopped, locked};
+use super::service::{By, SharedService, Stopped};
 use crate::sys::guest_view::leave_shared_fs_attributes;
+use crate::threads::locked;
 use crate::virtio::worker::{EventSet, Handler, HandlerError, Poll};
 
 /// What runs on the thread.

@@ -2,7 +2,7 @@
 //! thread of a vCPU that has just notified (`by_vcpu`).
 
 use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tracing::warn;
 use virtio_queue::{Queue, QueueT};
@@ -27,11 +27,6 @@ pub(super) const OUT_HEADER: u32 = 16;
 
 /// Shared by the device's thread and those of vCPUs.
 pub(super) type SharedService = Arc<Mutex<Service>>;
-
-/// A panic elsewhere can only be a test's: the program aborts.
-pub(super) fn locked(service: &Mutex<Service>) -> MutexGuard<'_, Service> {
-    service.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Owns the queues while the device is active: the one for urgent requests and one for all others
 /// (virtio 1.2 §5.11.2).

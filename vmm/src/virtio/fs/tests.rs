@@ -9,8 +9,9 @@ use std::path::PathBuf;
 
 use vm_memory::GuestAddress;
 
-use super::service::{By, Stopped, locked};
+use super::service::{By, Stopped};
 use super::{Filesystem, Share};
+use crate::threads::locked;
 use crate::virtio::host_connections::HostConnections;
 use crate::virtio::testing::{DEADLINE, Directory, Driver, Random, Told, readable, writable};
 use crate::virtio::{DeviceState, StateError, VirtioDevice};

@@ -20,37 +20,46 @@ use virtiofsd::passthrough::PassthroughFs;
 
 /// The file system.
 #[derive(Clone)]
-pub(super) struct Tree(Arc<PassthroughFs>, Arc<AtomicBool>);
+pub(super) struct Tree {
+    files: Arc<PassthroughFs>,
+    /// Something that is shared lies on a file system that is not local.
+    far: Arc<AtomicBool>,
+}
 
 impl Tree {
     pub(super) fn new(files: PassthroughFs) -> Self {
-        Self(Arc::new(files), Arc::default())
+        Self {
+            files: Arc::new(files),
+            far: Arc::default(),
+        }
     }
 
     /// Opens a node that the guest knows for reading; files and directories only.
     pub(super) fn open_node(&self, node: u64) -> io::Result<OwnedFd> {
         let context = of_this_process();
-        let (handle, directory) = match self.0.opendir(context, node, 0) {
+        let (handle, directory) = match self.files.opendir(context, node, 0) {
             Ok((handle, _)) => (handle, true),
             Err(error) if error.raw_os_error() == Some(libc::ENOTDIR) => {
-                (self.0.open(context, node, false, 0)?.0, false)
+                (self.files.open(context, node, false, 0)?.0, false)
             }
             Err(error) => return Err(error),
         };
         let handle = handle.ok_or(io::ErrorKind::NotFound)?;
-        let mut descriptor = Duplicate(None);
+        let mut descriptor = Look::new(|file| Ok(fcntl_dupfd_cloexec(file, 0)?));
         let read = self
-            .0
+            .files
             .read(context, node, handle, &mut descriptor, 0, 0, None, 0);
         let closed = if directory {
-            self.0.releasedir(context, node, 0, handle)
+            self.files.releasedir(context, node, 0, handle)
         } else {
             let release = (false, false, None);
-            self.0
+            self.files
                 .release(context, node, 0, handle, release.0, release.1, release.2)
         };
         read.and(closed)?;
-        descriptor.0.ok_or_else(|| io::ErrorKind::NotFound.into())
+        descriptor
+            .seen
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// Spares the guest a request at each close where it can tell nothing: of files that are only
@@ -71,10 +80,12 @@ impl Tree {
     }
 
     fn closes_silently(&self, node: u64, handle: u64) -> bool {
-        let mut kind = Kind(None);
+        let mut kind = Look::new(|file| Ok(rustix::fs::fstatfs(file)?.f_type));
         let context = of_this_process();
-        let asked = self.0.read(context, node, handle, &mut kind, 0, 0, None, 0);
-        let local = asked.is_ok() && kind.0.is_some_and(|kind| LOCAL.contains(&kind));
+        let asked = self
+            .files
+            .read(context, node, handle, &mut kind, 0, 0, None, 0);
+        let local = asked.is_ok() && kind.seen.is_some_and(|kind| LOCAL.contains(&kind));
         self.note(local);
         local
     }
@@ -82,12 +93,12 @@ impl Tree {
     /// Whether everything that is known to be shared lies on local file systems. Others may make who
     /// asks wait for ever.
     pub(super) fn is_near(&self) -> bool {
-        !self.1.load(Ordering::Relaxed)
+        !self.far.load(Ordering::Relaxed)
     }
 
     fn note(&self, local: bool) {
         if !local {
-            self.1.store(true, Ordering::Relaxed);
+            self.far.store(true, Ordering::Relaxed);
         }
     }
 
@@ -103,17 +114,17 @@ impl Tree {
 
     /// What is known of a node.
     pub(super) fn attributes(&self, node: u64) -> io::Result<Attr> {
-        Ok(self.0.getattr(of_this_process(), node, None)?.0)
+        Ok(self.files.getattr(of_this_process(), node, None)?.0)
     }
 
     /// Whether a name in a directory is this node.
     pub(super) fn is_at(&self, node: u64, directory: u64, name: &CStr) -> bool {
         let context = of_this_process();
-        let Ok(entry) = self.0.lookup(context, directory, name) else {
+        let Ok(entry) = self.files.lookup(context, directory, name) else {
             return false;
         };
         // A lookup is a reference, which the guest knows nothing of.
-        self.0.forget(context, entry.inode, 1);
+        self.files.forget(context, entry.inode, 1);
         entry.inode == node
     }
 }
@@ -126,10 +137,19 @@ fn of_this_process() -> Context {
     }
 }
 
-/// Keeps the descriptor that the library would read from: its way to give one out.
-struct Duplicate(Option<OwnedFd>);
+/// Looks at the file that the library would read from: its way to give one out.
+struct Look<T> {
+    at: fn(&File) -> io::Result<T>,
+    seen: Option<T>,
+}
 
-impl ZeroCopyWriter for &mut Duplicate {
+impl<T> Look<T> {
+    fn new(at: fn(&File) -> io::Result<T>) -> Self {
+        Self { at, seen: None }
+    }
+}
+
+impl<T> ZeroCopyWriter for &mut Look<T> {
     fn read_from_file_at(
         &mut self,
         file: &File,
@@ -137,7 +157,7 @@ impl ZeroCopyWriter for &mut Duplicate {
         _: u64,
         _: Option<ReadvFlags>,
     ) -> io::Result<usize> {
-        self.0 = Some(fcntl_dupfd_cloexec(file, 0)?);
+        self.seen = Some((self.at)(file)?);
         Ok(0)
     }
 }
@@ -155,27 +175,11 @@ const LOCAL: [i64; 8] = [
     0xca45_1a4e,
 ];
 
-/// Learns the kind of file system of the file that the library would read from.
-struct Kind(Option<i64>);
-
-impl ZeroCopyWriter for &mut Kind {
-    fn read_from_file_at(
-        &mut self,
-        file: &File,
-        _: usize,
-        _: u64,
-        _: Option<ReadvFlags>,
-    ) -> io::Result<usize> {
-        self.0 = Some(rustix::fs::fstatfs(file)?.f_type);
-        Ok(0)
-    }
-}
-
 /// Methods that pass on to the library: each with the names of its arguments.
 macro_rules! pass_on {
     ($($name:ident $(<$generic:ident: $bound:ident>)? (&self $(, $argument:ident: $kind:ty)*) $(-> $result:ty)?;)*) => {
         $(fn $name $(<$generic: $bound>)? (&self $(, $argument: $kind)*) $(-> $result)? {
-            self.0.$name($($argument),*)
+            self.files.$name($($argument),*)
         })*
     };
 }
@@ -193,7 +197,7 @@ impl FileSystem for Tree {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
-        let (handle, options) = self.0.open(ctx, inode, kill_priv, flags)?;
+        let (handle, options) = self.files.open(ctx, inode, kill_priv, flags)?;
         Ok((handle, self.with_flushing(options, inode, handle, flags)))
     }
 
@@ -209,7 +213,7 @@ impl FileSystem for Tree {
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
         let created = self
-            .0
+            .files
             .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions);
         let (entry, handle, options) = created?;
         let options = self.with_flushing(options, entry.inode, handle, flags);
@@ -221,12 +225,12 @@ impl FileSystem for Tree {
     /// anywhere stays with the thread that serves: the library keeps it for guests that do not tell
     /// supplementary groups.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.0
+        self.files
             .init(capable.difference(FsOptions::CREATE_SUPP_GROUP))
     }
 
     fn lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let entry = self.0.lookup(ctx, parent, name)?;
+        let entry = self.files.lookup(ctx, parent, name)?;
         self.note_mount(&entry);
         Ok(entry)
     }

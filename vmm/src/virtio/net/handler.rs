@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
@@ -13,8 +13,9 @@ use super::receive::{self, Receive};
 use super::ring::Ring;
 use super::tap::Tap;
 use super::transmit::{self, Transmit};
+use crate::threads::locked;
 use crate::virtio::Interrupt;
-use crate::virtio::worker::{EventSet, Handler, HandlerError, Poll};
+use crate::virtio::worker::{EventSet, Handler, HandlerError, Poll, signal};
 
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
@@ -45,11 +46,6 @@ pub(super) struct PairHandler {
 /// Shared with the vCPUs' threads.
 pub(super) type SharedTransmit = Arc<Mutex<Transmit>>;
 
-/// A panic elsewhere can only be a test's: the program aborts.
-pub(super) fn locked(transmit: &Mutex<Transmit>) -> MutexGuard<'_, Transmit> {
-    transmit.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The driver has notified the transmitting queue, on a vCPU's thread.
 pub(super) fn notified(transmit: &Mutex<Transmit>, event: &EventFd) {
     // If the device's thread is at it, it has to look again. Of an error it will hear, too.
@@ -57,8 +53,8 @@ pub(super) fn notified(transmit: &Mutex<Transmit>, event: &EventFd) {
         Ok(mut transmit) => transmit.run_on_vcpu().unwrap_or(false),
         Err(_) => false,
     };
-    if !done && let Err(error) = event.write(1) {
-        warn!(%error, "cannot signal a device");
+    if !done {
+        signal(event);
     }
 }
 
