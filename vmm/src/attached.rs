@@ -97,7 +97,7 @@ impl Attached {
                 (id, device)
             }
             VmCommand::Detach { id } => return Ok(self.detach(machine, owner, id)),
-            command @ (VmCommand::Go | VmCommand::Stop) => return Err(command),
+            command @ (VmCommand::Go | VmCommand::Booted | VmCommand::Stop) => return Err(command),
         };
         let place = device.and_then(|device| Ok(machine.attach(device)?));
         Ok(match place {

@@ -54,6 +54,10 @@ pub struct VmConfig {
     pub guest_log: Option<PathBuf>,
     /// Network namespace to join; without one the VMM gets an empty one of its own.
     pub network_namespace: Option<PathBuf>,
+    /// Directory of a cgroup, version 2, that the VM's process begins in: to be moved there later would
+    /// take it a grace period of the kernel. [`VmEvent::Forked`] says whether it could.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
     /// Places for devices that are attached later ([`VmCommand::AttachNetwork`],
     /// [`VmCommand::AttachDisk`]). The guest finds placeholders there, without a function. All
     /// devices and places together are at most 19.
@@ -122,6 +126,8 @@ pub enum VmEvent {
     Forked {
         /// Process id.
         pid: u32,
+        /// Whether it is in [`VmConfig::cgroup`].
+        in_cgroup: bool,
     },
     /// The vCPUs run. The vsock socket listens.
     Running {
@@ -168,6 +174,9 @@ pub enum VmEvent {
 pub enum VmCommand {
     /// Answer to [`VmEvent::Forked`].
     Go,
+    /// The guest has booted: what it touches of its memory from now on is its containers', and is
+    /// given to it in huge pages. Nothing answers.
+    Booted,
     /// End the VM now, unless it has other owners: then [`VmEvent::Shared`] answers, and nothing has
     /// happened.
     Stop,

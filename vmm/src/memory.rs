@@ -1,13 +1,15 @@
-//! Guest memory: one memfd, mapped shared, below and above the hole for devices.
+//! Guest memory: anonymous mappings below and above the hole for devices.
 
-use std::fs::File;
 use std::io;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::{layout, sys};
+
+/// What a huge page spans on x86-64, in the host's page tables and in those for the guest.
+const HUGE_PAGE: u64 = 2 << 20;
+/// What Linux touches at the top of memory beside its page descriptors.
+const DENSE: u64 = 8 << 20;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -31,50 +33,63 @@ pub enum MemoryError {
 
 /// Makes guest memory of `mib` MiB. Nothing of it is touched yet.
 ///
-/// A memfd mapped shared, so that a snapshot can be taken of the file and other processes (vhost-user
-/// devices) can be given it. Private anonymous memory would be touched a little cheaper.
+/// Private and anonymous, since no other process needs it, and such a page costs less on its first
+/// touch than one of a memfd (docs/decisions/0003-guest-memory.md). A restored machine may just as
+/// well have a file mapped privately.
 pub fn create(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     if mib < layout::MIN_MEMORY_MIB {
         return Err(MemoryError::TooSmall(mib));
     }
     let reserve = |source| MemoryError::Reserve { mib, source };
-    let size = u64::from(mib) << 20;
-    let file = memory_file(size).map_err(reserve)?;
     let mut regions = Vec::with_capacity(2);
-    let mut offset = 0;
-    for (start, length) in layout::memory_ranges(size) {
-        let file = file.try_clone().map_err(reserve)?;
-        let region = map(file, offset, start, length).map_err(reserve)?;
-        sys::exclude_from_dumps(&region, 0, length).map_err(reserve)?;
+    for (start, length) in layout::memory_ranges(u64::from(mib) << 20) {
+        let region = sys::map_memory(start, length, HUGE_PAGE).map_err(reserve)?;
+        advise(&region).map_err(reserve)?;
         regions.push(region);
-        offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
 }
 
-fn memory_file(size: u64) -> io::Result<File> {
-    let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC)?;
-    ftruncate(&file, size)?;
-    Ok(file.into())
+/// Small pages, whatever the host's default, so that a guest that has booted costs what it has touched;
+/// huge pages at the end, which Linux fills densely meanwhile: it allocates from the top, first of
+/// all 64 bytes for each page of memory, then what belongs to CPUs.
+fn advise(region: &GuestRegionMmap) -> io::Result<()> {
+    let length = region.len();
+    // Also tells guest memory from the process's own: VmFlags "dd" in /proc/PID/smaps.
+    sys::advise(region, 0, length, libc::MADV_DONTDUMP)?;
+    let dense = (length / 64 + DENSE)
+        .next_multiple_of(HUGE_PAGE)
+        .min(length);
+    choose_pages(region, 0, length - dense, libc::MADV_NOHUGEPAGE);
+    choose_pages(region, length - dense, dense, libc::MADV_HUGEPAGE);
+    Ok(())
 }
 
-fn map(file: File, offset: u64, start: GuestAddress, length: u64) -> io::Result<GuestRegionMmap> {
-    let length = usize::try_from(length).map_err(io::Error::other)?;
-    // NORESERVE: the host gives pages as the guest touches them; cgroups hold the limit.
-    let mapping = MmapRegionBuilder::new(length)
-        .with_file_offset(FileOffset::new(file, offset))
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .build()
-        .map_err(cause)?;
-    GuestRegionMmap::new(mapping, start).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+/// From now on the guest gets huge pages where it has touched nothing yet: Linux hands its memory out
+/// in pieces larger than these, one after the other. What it has touched here and there stays small, or
+/// the host's kernel would fill the gaps in time.
+pub fn prefer_huge_pages(memory: &GuestMemoryMmap) {
+    for region in memory.iter() {
+        let whole = region.len() - region.len() % HUGE_PAGE;
+        let mut untouched = 0;
+        let mut at = 0;
+        while at < whole {
+            if sys::is_untouched(region, at, HUGE_PAGE).unwrap_or(false) {
+                untouched += HUGE_PAGE;
+            } else {
+                choose_pages(region, at - untouched, untouched, libc::MADV_HUGEPAGE);
+                untouched = 0;
+            }
+            at += HUGE_PAGE;
+        }
+        choose_pages(region, at - untouched, untouched, libc::MADV_HUGEPAGE);
+    }
 }
 
-/// The cause of a failed mapping alone; the library would say "mmap failed" before it.
-fn cause(error: MmapRegionError) -> io::Error {
-    match error {
-        MmapRegionError::Mmap(error) => error,
-        other => io::Error::other(other),
+/// A kernel without huge pages refuses this, and the guest does without.
+fn choose_pages(region: &GuestRegionMmap, start: u64, length: u64, advice: libc::c_int) {
+    if let Err(error) = sys::advise(region, start, length, advice) {
+        tracing::debug!(%error, "huge pages cannot be chosen");
     }
 }
 
@@ -82,12 +97,12 @@ fn cause(error: MmapRegionError) -> io::Error {
 pub fn low_end(memory: &GuestMemoryMmap) -> u64 {
     memory
         .find_region(GuestAddress(0))
-        .map_or(0, vm_memory::GuestMemoryRegion::len)
+        .map_or(0, GuestMemoryRegion::len)
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryRegion};
+    use vm_memory::Bytes;
 
     use super::*;
 
@@ -106,6 +121,20 @@ mod tests {
         memory
             .write_obj(7u8, GuestAddress((5 << 30) - 1))
             .expect("last byte");
+    }
+
+    #[test]
+    fn what_is_touched_is_told() {
+        let memory = create(8).expect("memory");
+        let region = memory.iter().next().expect("a region");
+        assert_eq!(region.as_ptr() as u64 % HUGE_PAGE, 0);
+        memory.write_obj(7u8, GuestAddress(3 << 20)).expect("byte");
+        let untouched: Vec<_> = (0..4)
+            .map(|block| sys::is_untouched(region, block * HUGE_PAGE, HUGE_PAGE).expect("mincore"))
+            .collect();
+        assert_eq!(untouched, [true, false, true, true]);
+        prefer_huge_pages(&memory);
+        assert!(sys::is_untouched(region, 7 << 20, 2 << 20).is_err());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! enter the jail, put the machine together, run it until it ends or is ended.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -77,9 +78,9 @@ pub fn run(owners: &mut Owners, started_us: u64) -> Result<End, MonitorError> {
     let opened = Opened::new(&config)?;
     timeline.opened_us = now_us();
     jail::unshare_pids()?;
-    let forked = sys::fork().map_err(|error| MonitorError::Process("fork", error))?;
+    let (forked, in_cgroup) = fork(opened.cgroup.as_ref())?;
     if let Some(pid) = forked {
-        control.send(&VmEvent::Forked { pid })?;
+        control.send(&VmEvent::Forked { pid, in_cgroup })?;
         return Ok(End::HandedOver);
     }
     if !control.wait_for_go()? {
@@ -102,6 +103,19 @@ pub fn run(owners: &mut Owners, started_us: u64) -> Result<End, MonitorError> {
     end
 }
 
+/// Forks, into the cgroup if that can be; `None` in the child.
+fn fork(cgroup: Option<&OwnedFd>) -> Result<(Option<u32>, bool), MonitorError> {
+    if let Some(cgroup) = cgroup {
+        match sys::fork_into(cgroup.as_fd()) {
+            Ok(forked) => return Ok((forked, true)),
+            // The runtime moves the process, and tells why if it cannot.
+            Err(error) => debug!(%error, "cannot fork into the cgroup"),
+        }
+    }
+    let forked = sys::fork().map_err(|error| MonitorError::Process("fork", error))?;
+    Ok((forked, false))
+}
+
 /// Enters the jail and puts the machine together. Gives the socket where others join the owner.
 fn build(
     config: &VmConfig,
@@ -116,6 +130,7 @@ fn build(
         share,
         sockets,
         network,
+        cgroup: _,
     } = opened;
     let (sockets, control, mount) = match sockets {
         Some(Sockets {
@@ -178,6 +193,7 @@ fn wait(
         while let Some((owner, received)) = owners.next_command()? {
             match attached.carry_out(machine, owner, received) {
                 Ok(event) => owners.answer(owner, &event)?,
+                Err(VmCommand::Booted) => machine.settle(),
                 Err(VmCommand::Stop) if owners.is_last(owner) => return Ok(End::Stopped),
                 Err(VmCommand::Stop) => owners.answer(owner, &VmEvent::Shared)?,
                 Err(command) => owners.part(owner, ControlError::Unexpected(command))?,

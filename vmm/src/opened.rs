@@ -78,6 +78,8 @@ pub struct Opened {
     pub sockets: Option<Sockets>,
     /// Network namespace to join.
     pub network: Option<OwnedFd>,
+    /// Cgroup to begin in.
+    pub cgroup: Option<OwnedFd>,
 }
 
 impl Opened {
@@ -103,6 +105,7 @@ impl Opened {
             .map(open_network)
             .transpose()?;
         let sockets = config.vsock.as_ref().map(open_sockets).transpose()?;
+        let cgroup = config.cgroup.as_deref().map(open_cgroup).transpose()?;
         Ok(Self {
             kvm,
             kernel,
@@ -111,6 +114,7 @@ impl Opened {
             share,
             sockets,
             network,
+            cgroup,
         })
     }
 }
@@ -121,6 +125,11 @@ fn failed(what: &'static str, path: &Path) -> impl Fn(rustix::io::Errno) -> Open
         path: path.to_owned(),
         source: error.into(),
     }
+}
+
+fn open_cgroup(path: &Path) -> Result<OwnedFd, OpenError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open(path, flags, Mode::empty()).map_err(failed("the cgroup", path))
 }
 
 fn open_disk(index: usize, disk: &DiskConfig) -> Result<(Serial, Disk), OpenError> {

@@ -19,8 +19,15 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_run, kvm_userspace_memory_region, kvm_x
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::mount::MountAttrFlags;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use vm_memory::{Address, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
+};
 use vmm_sys_util::eventfd::EventFd;
+
+/// linux/sched.h; the `libc` crate has it in a type that it does not fit into.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+/// Of x86-64.
+const PAGE: usize = 4096;
 
 /// A descriptor of /dev/kvm as the type of the ioctls.
 pub(crate) fn kvm_from(fd: OwnedFd) -> Kvm {
@@ -93,26 +100,83 @@ pub(crate) fn map_over(
     Ok(())
 }
 
-/// Keeps part of a region out of core dumps.
-pub(crate) fn exclude_from_dumps(
+/// Memory of the guest from `start`: private, anonymous, and at an address that is a multiple of
+/// `alignment`. It is never unmapped: a machine lives as long as its process.
+pub(crate) fn map_memory(
+    start: GuestAddress,
+    length: u64,
+    alignment: u64,
+) -> io::Result<GuestRegionMmap> {
+    let size = usize::try_from(length).map_err(io::Error::other)?;
+    let alignment = usize::try_from(alignment).map_err(io::Error::other)?;
+    let padded = size
+        .checked_add(alignment)
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // NORESERVE: the host gives pages as the guest touches them; cgroups hold the limit.
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), padded, protection, flags, -1, 0) };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let aligned = address.map_addr(|address| address.next_multiple_of(alignment));
+    // SAFETY: the range lies in the mapping above, which stays: `size` bytes from an address less
+    // than `alignment` after its beginning.
+    let mapping = unsafe { MmapRegion::build_raw(aligned.cast(), size, protection, flags) }
+        .map_err(io::Error::other)?;
+    GuestRegionMmap::new(mapping, start).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+/// madvise(2) for part of a region. Only advice that leaves the content alone.
+pub(crate) fn advise(
     region: &GuestRegionMmap,
     start: u64,
     length: u64,
+    advice: libc::c_int,
 ) -> io::Result<()> {
-    let end = start.checked_add(length);
-    if length == 0 || end.is_none_or(|end| end > region.len()) {
+    let harmless = [
+        libc::MADV_DONTDUMP,
+        libc::MADV_HUGEPAGE,
+        libc::MADV_NOHUGEPAGE,
+    ];
+    if !harmless.contains(&advice) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let address = region
-        .get_host_address(MemoryRegionAddress(start))
-        .map_err(io::Error::other)?;
-    let length = usize::try_from(length).map_err(io::Error::other)?;
-    // SAFETY: the range lies in the region's own mapping (checked above), and MADV_DONTDUMP
-    // changes no content.
-    if unsafe { libc::madvise(address.cast(), length, libc::MADV_DONTDUMP) } != 0 {
+    let (address, length) = part_of(region, start, length)?;
+    // SAFETY: the range lies in the region's own mapping, and the advice changes no content (both
+    // checked above).
+    if unsafe { libc::madvise(address, length, advice) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Whether nobody has touched part of a region yet.
+pub(crate) fn is_untouched(region: &GuestRegionMmap, start: u64, length: u64) -> io::Result<bool> {
+    let (address, length) = part_of(region, start, length)?;
+    let mut pages = vec![0; length.div_ceil(PAGE)];
+    // SAFETY: the range lies in the region's own mapping, and there is a byte for each of its pages.
+    if unsafe { libc::mincore(address, length, pages.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(pages.iter().all(|page| page & 1 == 0))
+}
+
+fn part_of(
+    region: &GuestRegionMmap,
+    start: u64,
+    length: u64,
+) -> io::Result<(*mut libc::c_void, usize)> {
+    let end = start.checked_add(length);
+    if end.is_none_or(|end| end > region.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let address = region
+        .get_host_address(MemoryRegionAddress(start.min(region.len() - 1)))
+        .map_err(io::Error::other)?;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    Ok((address.cast(), length))
 }
 
 /// Forks; `None` in the child. The caller must have no other thread.
@@ -123,6 +187,26 @@ pub(crate) fn fork() -> io::Result<Option<u32>> {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),
         pid => Ok(Some(pid.unsigned_abs())),
+    }
+}
+
+/// Forks into a cgroup, version 2: clone(2), `CLONE_INTO_CGROUP`; `None` in the child. The caller must
+/// have no other thread.
+pub(crate) fn fork_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    let arguments = libc::clone_args {
+        flags: CLONE_INTO_CGROUP,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
+        // SAFETY: numbers alone, of which zero is valid.
+        ..unsafe { std::mem::zeroed() }
+    };
+    // SAFETY: as a fork, without a stack of its own; no other thread exists. What the C library
+    // does besides for its threads' sake matters to robust mutexes alone, and there are none.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of_val(&arguments)) };
+    match u32::try_from(pid) {
+        Ok(0) => Ok(None),
+        Ok(pid) => Ok(Some(pid)),
+        Err(_) => Err(io::Error::last_os_error()),
     }
 }
 

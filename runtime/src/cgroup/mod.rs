@@ -120,19 +120,6 @@ impl Cgroup {
         Ok(Self { places })
     }
 
-    /// The cgroup that this process is in.
-    pub fn own() -> Result<Self, CgroupError> {
-        let path = Path::new("/proc/self/cgroup");
-        let own = fs::read_to_string(path).map_err(io_error("read", path))?;
-        let places = mounted()?.into_iter().filter_map(|hierarchy| {
-            let place = place::own(&hierarchy, &own)?;
-            Some((hierarchy, place))
-        });
-        Ok(Self {
-            places: places.collect(),
-        })
-    }
-
     /// The cgroup that was made at these places, [`Cgroup::places`].
     pub fn at(places: &[PathBuf]) -> Result<Self, CgroupError> {
         if places.is_empty() {
@@ -160,6 +147,14 @@ impl Cgroup {
     /// Its directory in each hierarchy.
     pub fn places(&self) -> Vec<PathBuf> {
         self.places.iter().map(|(_, place)| place.clone()).collect()
+    }
+
+    /// Its directory, if version 2 is all there is.
+    pub fn unified(&self) -> Option<&Path> {
+        match self.places.as_slice() {
+            [(hierarchy, place)] if hierarchy.version == Version::Two => Some(place),
+            _ => None,
+        }
     }
 
     /// For people: which version, and where.

@@ -193,22 +193,6 @@ pub(super) fn locate(hierarchy: &Hierarchy, own: &str, path: &Path) -> PathBuf {
     hierarchy.mount.join(below).join(path)
 }
 
-/// Where the process of `own`, its /proc/pid/cgroup, is in a hierarchy; `None` when that is out of
-/// sight, outside of the cgroup namespace.
-pub(super) fn own(hierarchy: &Hierarchy, own: &str) -> Option<PathBuf> {
-    let own = own_cgroups(own);
-    let path = match hierarchy.version {
-        Version::One => hierarchy
-            .controllers
-            .iter()
-            .find_map(|controller| own.get(controller.as_str())),
-        Version::Two => own.get(""),
-    }?;
-    let below = path.strip_prefix("/").ok()?;
-    let inside = below.components().all(|part| part != Component::ParentDir);
-    inside.then(|| hierarchy.mount.join(below))
-}
-
 /// cgroups(7), /proc/pid/cgroup: the caller's cgroup by controller; `""` for version 2.
 fn own_cgroups(text: &str) -> HashMap<&str, &Path> {
     let mut own = HashMap::new();
@@ -259,17 +243,6 @@ mod tests {
                 "/sys/fs/cgroup/systemd/s/one",
                 "/sys/fs/cgroup/unified/u/one"
             ]
-        );
-    }
-
-    #[test]
-    fn where_a_process_is() {
-        let text = "3:cpu,cpuacct:/c\n1:name=systemd:/\n0::/../u\n";
-        let found: Vec<_> = hierarchies(SPLIT).iter().map(|h| own(h, text)).collect();
-        let expected = ["/sys/fs/cgroup/cpu/c", "/sys/fs/cgroup/systemd/"];
-        assert_eq!(
-            found,
-            [Some(expected[0].into()), Some(expected[1].into()), None]
         );
     }
 

@@ -134,6 +134,7 @@ pub(super) fn order(
     context: &Context,
     options: &Create,
     plan: &Plan,
+    in_background: bool,
 ) -> Result<ContainerOrder, Error> {
     let absolute = |path: &Option<std::path::PathBuf>| {
         path.as_ref()
@@ -155,6 +156,7 @@ pub(super) fn order(
         guest: plan.guest,
         spare_places: context.config.guest.spare_places,
         cgroup_driver: context.cgroup_driver(),
+        in_background,
         joined: plan.joined.clone(),
     })
 }
@@ -181,7 +183,7 @@ fn hand_over(
     plan: &Plan,
     container: &Container,
 ) -> Result<(), Error> {
-    let order = Order::Container(Box::new(order(context, options, plan)?));
+    let order = Order::Container(Box::new(order(context, options, plan, true)?));
     let held = container.open_held(MONITOR_LOCK)?;
     let mut monitor = monitor::spawn(&context.monitor_options()?, Some(held))?;
     let identity = ProcessIdentity::of(monitor.pid())

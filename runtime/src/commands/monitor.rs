@@ -80,7 +80,6 @@ fn container(
                 host,
                 Some(stand_in),
             )?;
-            sandbox.join_cgroup()?;
             sandbox.show(stand_in)?;
             Ok(sandbox)
         });

@@ -62,7 +62,7 @@ fn attached(
     signals: &mut Signals,
     stand_in: &StandIn,
 ) -> Result<Ended, Error> {
-    let order = create::order(context, &options.create, plan)?;
+    let order = create::order(context, &options.create, plan, false)?;
     let host = match plan.checked.terminal {
         true => HostStdio::Terminal(RawTerminal::enter()?),
         false => HostStdio::Standard,
@@ -76,8 +76,6 @@ fn attached(
         host,
         Some(stand_in),
     )?;
-    // Until the end: removing the cgroup, and poststop hooks, are the caller's doing again.
-    let _visit = sandbox.visit_cgroup()?;
     sandbox.show(stand_in)?;
     if let Some(path) = &options.create.pid_file {
         write_pid_file(path, std::process::id())?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::launch::LaunchError;
 use crate::{
-    cgroup::Driver,
+    cgroup::{Cgroup, Driver},
     guest_size::GuestSize,
     pod::{self, Joined},
     share::Share,
@@ -54,6 +54,9 @@ pub struct ContainerOrder {
     pub spare_places: u8,
     /// What form `linux.cgroupsPath` has.
     pub cgroup_driver: Driver,
+    /// Whether the monitor belongs to the container: a `run` in the foreground is its caller's, who has
+    /// put it into a cgroup.
+    pub in_background: bool,
     /// The VM that it joins, if it gets none of its own.
     pub joined: Option<Joined>,
 }
@@ -97,7 +100,7 @@ impl ContainerOrder {
     }
 
     /// The VM that follows from it; `directory` is the container's.
-    pub(super) fn vm_config(&self, directory: &Path, share: &Share) -> VmConfig {
+    pub(super) fn vm_config(&self, directory: &Path, share: &Share, cgroup: &Cgroup) -> VmConfig {
         VmConfig {
             kernel: self.kernel.clone(),
             kernel_arguments: if self.debug {
@@ -123,6 +126,7 @@ impl ContainerOrder {
             }),
             guest_log: self.guest_log.clone(),
             network_namespace: None,
+            cgroup: cgroup.unified().map(Path::to_owned),
             spare_slots: self.spare_places,
         }
     }

@@ -14,7 +14,6 @@ use super::{
 };
 use crate::{
     agent::{self, AgentError, rpc::RpcError},
-    cgroup::{Cgroup, CgroupError},
     network::NetworkError,
     pod::{self, LeaveError},
     state::{Container, Event, StateError},
@@ -43,7 +42,6 @@ pub struct Sandbox<'a> {
     pub(super) process: Attached,
     pub(super) timeline: Timeline,
     pub(super) timeline_file: Option<PathBuf>,
-    pub(super) cgroup: Cgroup,
     pub(super) has_disks: bool,
     pub(super) view: View,
     pub(super) network: Wiring<'a>,
@@ -54,21 +52,6 @@ impl Sandbox<'_> {
     pub fn show(&self, stand_in: &StandIn) -> Result<(), ViewError> {
         let view = self.view.clone();
         stand_in.run(move || view.enter())
-    }
-
-    /// Puts this process into the container's cgroup: engines take the cgroup of the container's
-    /// process for the container's (containerd's and Podman's statistics do), and that process is
-    /// this one. Not before the hooks have run: they are not the container's.
-    pub fn join_cgroup(&self) -> Result<(), CgroupError> {
-        self.cgroup.place(std::process::id())
-    }
-
-    /// The same for as long as the guard lives: for a `run` in the foreground, whose caller has put
-    /// it somewhere.
-    pub fn visit_cgroup(&self) -> Result<Visit, CgroupError> {
-        let visit = Visit(Cgroup::own()?);
-        self.join_cgroup()?;
-        Ok(visit)
     }
 
     /// Lets the container's process run; the caller writes down that it does.
@@ -150,18 +133,6 @@ impl Sandbox<'_> {
             status,
             timeline: self.timeline,
             timeline_file: self.timeline_file,
-        }
-    }
-}
-
-/// This process is in a container's cgroup, which it leaves for its own when this is dropped.
-#[derive(Debug)]
-pub struct Visit(Cgroup);
-
-impl Drop for Visit {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.place(std::process::id()) {
-            tracing::error!("{}", crate::error::chain(&error));
         }
     }
 }

@@ -249,9 +249,9 @@ impl Vm for VmProcess {
             return Ok(None);
         };
         match serde_json::from_slice(&line).map_err(VmError::Malformed)? {
-            VmEvent::Forked { pid } => {
+            VmEvent::Forked { pid, in_cgroup } => {
                 self.forked(pid)?;
-                Ok(Some(VmEvent::Forked { pid }))
+                Ok(Some(VmEvent::Forked { pid, in_cgroup }))
             }
             VmEvent::Failed { message } => Err(VmError::Failed(message)),
             VmEvent::Exited => Err(VmError::GuestEnded),

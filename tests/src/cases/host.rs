@@ -189,16 +189,23 @@ fn version(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// Engines look for a container's cgroup by its pid, whoever started it.
+/// The caller of a `run` in the foreground has put it into a cgroup; the virtual machine is in the
+/// container's.
 fn foreground_cgroup(scene: &Scene) -> Result<()> {
+    let cgroup = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cgroup"));
     let bundle = scene.bundle()?.shell("echo up; read x");
     let path = bundle.spec["linux"]["cgroupsPath"].clone();
     let path = path.as_str().context("cgroupsPath")?.to_owned();
     let (id, mut process) = scene.start_named(&bundle)?;
     process.wait_for("up\n")?;
     let pid = scene.state(&id)?["pid"].clone();
-    let found = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    ensure!(found.lines().all(|line| line.ends_with(&path)), "{found}");
+    let (own, monitor) = (cgroup("self")?, cgroup(&pid.to_string())?);
+    ensure!(monitor == own, "{monitor}, not {own}");
+    let machine = cgroup(&super::vm::vmm()?.to_string())?;
+    ensure!(
+        machine.lines().all(|line| line.ends_with(&path)),
+        "{machine}"
+    );
     process.send(b"\n")?;
     process.finish()?.ok()?;
     scene.expect_nothing_left()

@@ -111,6 +111,7 @@ mod tests {
             vsock: None,
             guest_log: None,
             network_namespace: None,
+            cgroup: None,
             spare_slots: 0,
         }
     }

@@ -188,7 +188,7 @@ impl Kernel {
             usize::try_from(last - first).map_err(io::Error::other)?,
         )?;
         // As the memory that it replaces.
-        sys::exclude_from_dumps(region, at.raw_value(), last - first)?;
+        sys::advise(region, at.raw_value(), last - first, libc::MADV_DONTDUMP)?;
         self.copy(memory, segment, last, end)
     }
 

@@ -221,6 +221,11 @@ impl Machine {
         Ok(())
     }
 
+    /// The guest has booted.
+    pub fn settle(&self) {
+        memory::prefer_huge_pages(&self.memory);
+    }
+
     /// Stops vCPUs and devices; returns once they have.
     pub fn pause(&self) -> Result<(), MachineError> {
         for vcpu in &self.vcpus {

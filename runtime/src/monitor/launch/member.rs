@@ -7,8 +7,8 @@ use bulkhead_vmm::config::{CONTROL, VmCommand, VmEvent};
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::{
-    super::{HostStdio, Sandbox, StandIn, order::ContainerOrder},
-    Launch, LaunchError, Made, Wiring, locate_cgroup,
+    super::{HostStdio, Sandbox, StandIn, membership::Membership, order::ContainerOrder},
+    Launch, LaunchError, Made, Wiring, hooks, locate_cgroup,
 };
 use crate::{
     agent,
@@ -43,6 +43,7 @@ pub(super) fn launch<'a>(
         spec: &loaded.spec,
         vm: Box::new(VmProcess::join(sockets.as_fd(), joined.vmm)?),
         cgroup: locate_cgroup(order, checked)?,
+        membership: Membership::new(order.in_background),
         limits: Limits::of(&loaded.spec, order.guest),
         signals,
         timeline,
@@ -65,6 +66,7 @@ pub(super) fn launch<'a>(
     }
     launch.attach_disks(&mut disks, &record)?;
     launch.create_hooks()?;
+    launch.enter_cgroup_unless(&hooks::OF_THE_CONTAINER)?;
     launch.attach_interfaces()?;
     launch.disks.name(&mut disks);
     let made = Made {

@@ -32,6 +32,7 @@ pub(super) use network::Wiring;
 use super::{
     StandIn, View,
     attach::{Attached, HostStdio},
+    membership::Membership,
     order::ContainerOrder,
     sandbox::Sandbox,
 };
@@ -182,6 +183,7 @@ pub fn launch<'a>(
         spec: &loaded.spec,
         vm,
         cgroup: locate_cgroup(order, checked)?,
+        membership: Membership::new(order.in_background),
         limits: Limits::of(&loaded.spec, order.guest),
         signals,
         timeline,
@@ -191,10 +193,10 @@ pub fn launch<'a>(
     let mut ready = ReadyListener::bind(sockets.as_fd())?;
     let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
     let disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
-    let mut config = order.vm_config(container.path(), &share);
+    launch.record_cgroup(&share)?;
+    let mut config = order.vm_config(container.path(), &share, &launch.cgroup);
     config.disks.extend(disks.configs.iter().cloned());
     launch.vm.configure(&config)?;
-    launch.record_cgroup(&share)?;
     match launch.enter_network(checked.network.as_deref(), stand_in) {
         Ok(()) => {}
         // By a path that names no process.
@@ -210,6 +212,7 @@ pub fn launch<'a>(
     }
     launch.boot(&mut ready)?;
     launch.create_hooks()?;
+    launch.enter_cgroup_unless(&hooks::OF_THE_CONTAINER)?;
     launch.attach_interfaces()?;
     let made = Made {
         order,
@@ -247,6 +250,7 @@ struct Launch<'l, 'a> {
     spec: &'l Spec,
     vm: Box<dyn Vm>,
     cgroup: Cgroup,
+    membership: Membership,
     limits: Limits,
     signals: &'l mut Signals,
     timeline: Timeline,
@@ -268,7 +272,10 @@ impl<'a> Launch<'_, 'a> {
         // What hooks have brought.
         self.attach_interfaces()?;
         self.set_network(&mut rpc)?;
+        self.vm.command(VmCommand::Booted)?;
         self.cgroup.limit_cpu_time(&self.limits)?;
+        // Not before the hooks have run: they are not the container's.
+        self.membership.settle(&self.cgroup)?;
         self.record_created()?;
         self.timeline.container_created = Some(Moment::now());
         let Made {
@@ -284,7 +291,6 @@ impl<'a> Launch<'_, 'a> {
             process: Attached::new(rpc, &order.id, "", relay, host).map_err(LaunchError::Agent)?,
             timeline: self.timeline,
             timeline_file: order.timeline.clone(),
-            cgroup: self.cgroup,
             has_disks: !disks.configs.is_empty(),
             view: View::of(&loaded.spec, &share, &checked.rootfs),
             network: self.network,
@@ -363,8 +369,10 @@ impl Launch<'_, '_> {
     /// True when the VM runs.
     fn on_event(&mut self, event: VmEvent) -> Result<bool, LaunchError> {
         match event {
-            VmEvent::Forked { pid } => {
-                self.cgroup.place(pid)?;
+            VmEvent::Forked { pid, in_cgroup } => {
+                if !in_cgroup {
+                    self.cgroup.place(pid)?;
+                }
                 let identity = ProcessIdentity::of(pid)
                     .map_err(|error| LaunchError::Io("identify the VM's process", error))?;
                 self.record(|record| record.vmm = Some(identity))?;
@@ -374,6 +382,7 @@ impl Launch<'_, '_> {
             VmEvent::Running { timeline } => {
                 self.timeline.vm_running = Some(Moment::at(timeline.running_us));
                 // While the guest boots.
+                self.enter_cgroup_unless(&hooks::ALL)?;
                 self.refresh_network()?;
                 Ok(true)
             }
