@@ -22,6 +22,8 @@ use crate::spec::SpecError;
 pub struct Share {
     /// For the VMM.
     pub entries: Vec<ShareEntry>,
+    /// Mounted by the host for the guest, once the VM runs.
+    pub overlays: Vec<Overlay>,
     /// For the agent: where the root filesystem lies; empty when it is on a disk.
     pub rootfs: String,
     /// For the agent: where the source of each bind mount (index in `mounts`) lies.
@@ -32,6 +34,17 @@ pub struct Share {
     pub memory_source: Option<PathBuf>,
     /// The mounts (index in `mounts`) that are to be the memory that another container has there.
     pub joined_memory: Vec<u32>,
+}
+
+/// An overlay of directories of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// Where it appears, as [`ShareEntry::target`].
+    pub target: String,
+    /// One of its directories.
+    pub lower: PathBuf,
+    /// Its own options (the host kernel's overlayfs.rst), joined by commas.
+    pub options: String,
 }
 
 impl Share {
@@ -53,6 +66,7 @@ impl Share {
 pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Share, SpecError> {
     let mut share = Share {
         entries: Vec::new(),
+        overlays: Vec::new(),
         rootfs: String::new(),
         bind_sources: HashMap::new(),
         memory: Vec::new(),
@@ -77,7 +91,8 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
         .first()
         .and_then(|(index, _)| crate::shm::source(bundle, spec.mounts().as_ref()?.get(*index)?));
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        if !is_bind(mount) || share.memory.iter().any(|(own, _)| *own == index) {
+        let (bind, overlay) = (is_bind(mount), is_overlay(mount));
+        if !(bind || overlay) || share.memory.iter().any(|(own, _)| *own == index) {
             continue;
         }
         let number = u32::try_from(index).map_err(|_| SpecError::Invalid {
@@ -85,12 +100,16 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
             reason: "there are too many".to_owned(),
         })?;
         let target = format!("{id}/mounts/{index}");
-        share.entries.push(ShareEntry {
-            source: bind_source(index, mount, bundle)?,
-            target: target.clone(),
-            read_only: has_option(mount, &["ro", "rro"]),
-            recursive: has_option(mount, &["rbind", "rro"]),
-        });
+        if bind {
+            share.entries.push(ShareEntry {
+                source: bind_source(index, mount, bundle)?,
+                target: target.clone(),
+                read_only: has_option(mount, &["ro", "rro"]),
+                recursive: has_option(mount, &["rbind", "rro"]),
+            });
+        } else {
+            share.overlays.push(overlay_of(index, mount, &target)?);
+        }
         share.bind_sources.insert(number, target);
     }
     Ok(share)
@@ -99,6 +118,51 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
 /// runc takes a mount for a bind mount by its type or by its options.
 pub(crate) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+}
+
+/// Of directories of the host: engines make such mounts of images, and of volumes that a container
+/// changes for itself alone.
+fn is_overlay(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("overlay") && !is_bind(mount)
+}
+
+fn overlay_of(index: usize, mount: &Mount, target: &str) -> Result<Overlay, SpecError> {
+    // The host kernel's overlayfs.rst. Others are flags of the mount, which the agent sets.
+    const OWN: [&str; 11] = [
+        "lowerdir",
+        "upperdir",
+        "workdir",
+        "redirect_dir",
+        "index",
+        "metacopy",
+        "xino",
+        "nfs_export",
+        "uuid",
+        "userxattr",
+        "volatile",
+    ];
+    let invalid = |reason: &str| SpecError::Invalid {
+        field: format!("mounts[{index}].options"),
+        reason: reason.to_owned(),
+    };
+    let key = |option: &str| option.split('=').next().unwrap_or_default().to_owned();
+    // An element may hold several, as engines write them.
+    let given = mount.options().iter().flatten();
+    let own: Vec<&str> = given
+        .flat_map(|element| element.split(','))
+        .filter(|option| OWN.contains(&key(option).as_str()))
+        .collect();
+    let lower = own
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))
+        .and_then(|directories| directories.split(':').next())
+        .filter(|directory| directory.starts_with('/'))
+        .ok_or_else(|| invalid("an overlay needs lowerdir=, with absolute paths on the host"))?;
+    Ok(Overlay {
+        target: target.to_owned(),
+        lower: lower.into(),
+        options: own.join(","),
+    })
 }
 
 fn has_option(mount: &Mount, wanted: &[&str]) -> bool {
@@ -219,6 +283,28 @@ mod tests {
         )
         .unwrap();
         collect("one", bundle, &bundle.join("rootfs"), &spec)
+    }
+
+    #[test]
+    fn overlays_are_the_hosts() {
+        let bundle = tempfile::tempdir().unwrap();
+        let overlay = |options: &[&str]| {
+            let mounts = json!([{"destination": "/o", "type": "overlay", "options": options}]);
+            collected(bundle.path(), mounts)
+        };
+        let share =
+            overlay(&["lowerdir=/a:/b,upperdir=/u", "ro", "workdir=/w", "volatile"]).unwrap();
+        let expected = Overlay {
+            target: "one/mounts/0".to_owned(),
+            lower: "/a".into(),
+            options: "lowerdir=/a:/b,upperdir=/u,workdir=/w,volatile".to_owned(),
+        };
+        assert_eq!(share.overlays, [expected]);
+        assert_eq!(share.bind_sources[&0], "one/mounts/0");
+        for bad in [&["ro"][..], &["lowerdir=relative"], &["upperdir=/u"]] {
+            let error = overlay(bad).unwrap_err().to_string();
+            assert!(error.contains("mounts[0].options"), "{error}");
+        }
     }
 
     #[test]

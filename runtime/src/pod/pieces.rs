@@ -5,6 +5,7 @@
 //! every lookup stays below it, follows no link and crosses no mount.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
@@ -18,12 +19,16 @@ use rustix::{
         unlinkat,
     },
     io::Errno,
-    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount},
+    mount::{
+        MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+        mount_change, move_mount, open_tree, unmount,
+    },
     thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
 };
 use thiserror::Error;
 
 use crate::{
+    share::Overlay,
     state::{LiveProcess, ProcessIdentity, Record},
     sys::{self, MountChange},
 };
@@ -39,6 +44,15 @@ pub enum PieceError {
     Source {
         /// Which.
         path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// An overlay of the host's directories.
+    #[error("cannot mount an overlay with {options}: are all of them directories of this host?")]
+    Overlay {
+        /// Its options.
+        options: String,
         /// Why not.
         #[source]
         source: io::Error,
@@ -76,10 +90,17 @@ pub fn directory_of(record: &Record) -> String {
 }
 
 /// Puts pieces into the VM's share.
-pub fn add(vmm: ProcessIdentity, entries: &[ShareEntry]) -> Result<(), PieceError> {
+pub fn add(
+    vmm: ProcessIdentity,
+    entries: &[ShareEntry],
+    overlays: &[Overlay],
+) -> Result<(), PieceError> {
+    if entries.is_empty() && overlays.is_empty() {
+        return Ok(());
+    }
     let process = open(vmm)?;
     // While paths still mean the host's.
-    let mut pieces = Vec::with_capacity(entries.len());
+    let mut pieces = Vec::with_capacity(entries.len() + overlays.len());
     for entry in entries {
         let failed = |error: Errno| PieceError::Source {
             path: entry.source.clone(),
@@ -87,22 +108,52 @@ pub fn add(vmm: ProcessIdentity, entries: &[ShareEntry]) -> Result<(), PieceErro
         };
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
-        let mount = open_tree(CWD, &entry.source, flags).map_err(failed)?;
-        // As the VMM has its own: no set-user-id programs, devices or execution on the host.
-        let change = MountChange {
-            restricted: true,
-            read_only: entry.read_only,
-            private: true,
-            recursive: true,
-            ..MountChange::default()
-        };
-        sys::change_mount(mount.as_fd(), change).map_err(failed)?;
+        let mount = open_tree(CWD, &entry.source, flags)
+            .and_then(|mount| confine(mount, entry.read_only))
+            .map_err(failed)?;
         pieces.push((entry.target.clone(), mount));
+    }
+    for overlay in overlays {
+        pieces.push((overlay.target.clone(), mount_overlay(overlay)?));
     }
     inside(process, move |root| {
         pieces
             .iter()
             .try_for_each(|(target, mount)| attach(root, target, mount))
+    })
+}
+
+/// As the VMM has its own pieces: no set-user-id programs, devices or execution on the host.
+fn confine(mount: OwnedFd, read_only: bool) -> Result<OwnedFd, Errno> {
+    let change = MountChange {
+        restricted: true,
+        read_only,
+        private: true,
+        recursive: true,
+        ..MountChange::default()
+    };
+    sys::change_mount(mount.as_fd(), change).map(|()| mount)
+}
+
+/// Mounts an overlay that is attached nowhere. A parameter of fsconfig(2) has 255 bytes at most, which its
+/// directories exceed, so it is mounted as of old, in a namespace that goes with its thread.
+fn mount_overlay(overlay: &Overlay) -> Result<OwnedFd, PieceError> {
+    let failed = |source| PieceError::Overlay {
+        options: overlay.options.clone(),
+        source,
+    };
+    let options = CString::new(overlay.options.as_str())
+        .map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+    in_a_thread(|| {
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        let (kind, flags) = ("overlay", MountFlags::empty());
+        let tree = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        sys::unshare_mounts()
+            .and_then(|()| mount_change("/", private))
+            .and_then(|()| mount(kind, &overlay.lower, kind, flags, Some(&*options)))
+            .and_then(|()| open_tree(CWD, &overlay.lower, tree))
+            .and_then(|mount| confine(mount, false))
+            .map_err(|error| failed(error.into()))
     })
 }
 
@@ -152,8 +203,15 @@ fn inside(
             .map_err(enter("write to the virtual machine's root"))?;
         work(root.as_fd())
     };
+    in_a_thread(task)
+}
+
+/// Does something that changes the thread for good.
+fn in_a_thread<R: Send>(
+    work: impl FnOnce() -> Result<R, PieceError> + Send,
+) -> Result<R, PieceError> {
     thread::scope(|scope| {
-        let thread = thread::Builder::new().spawn_scoped(scope, task);
+        let thread = thread::Builder::new().spawn_scoped(scope, work);
         let thread = thread.map_err(|error| PieceError::Enter("start a thread", error))?;
         thread
             .join()

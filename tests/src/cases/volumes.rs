@@ -11,7 +11,7 @@ use crate::scene::Scene;
 
 super::cases!(volumes;
     common: read_write, read_only, single_file, made_mount_points, options, recursive, one_in_another, later_changes,
-        rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount, shared_memory;
+        rootfs_is_written, bound_root_goes_away, data_on_a_bind_mount, shared_memory, overlay;
     vm: propagation, id_mapped);
 
 /// The mount of the inner one is the container's, though the outer one lies on a mount that the host
@@ -37,6 +37,39 @@ fn one_in_another(scene: &Scene) -> Result<()> {
     ensure!(!outer.join("at/x").exists(), "it is left on the host");
     rustix::mount::unmount(&shared, UnmountFlags::empty())?;
     Ok(())
+}
+
+/// Podman's volumes with the option `O`, and images as volumes: of directories of the host, mounted by the
+/// runtime.
+fn overlay(scene: &Scene) -> Result<()> {
+    let place = |name: &str| scene.path(name).display().to_string();
+    for name in ["one", "two", "upper", "work"] {
+        fs::create_dir(scene.path(name))?;
+        fs::write(scene.path(name).join(name), "here\n")?;
+    }
+    fs::remove_file(scene.path("work").join("work"))?;
+    let lower = format!("lowerdir={}:{}", place("one"), place("two"));
+    let upper = format!("upperdir={},workdir={}", place("upper"), place("work"));
+    let changed = format!("{lower},{upper}");
+    let script = "cd /changed && cat one two upper && echo new >new && rm two && ls; \
+        cd /read && ls && echo x >x || echo no";
+    let bundle = scene
+        .bundle()?
+        .shell(script)
+        .mount(
+            json!({ "destination": "/changed", "type": "overlay", "source": "overlay",
+            "options": [changed, "private"] }),
+        )
+        .mount(
+            json!({ "destination": "/read", "type": "overlay", "source": "overlay",
+            "options": [lower, "ro"] }),
+        );
+    let expected = "here\nhere\nhere\nnew\none\nupper\none\ntwo\nno\n";
+    let output = scene.run(&bundle)?.ok()?;
+    ensure!(output.text() == expected, "{output}");
+    ensure!(scene.path("upper").join("new").exists(), "the host's side");
+    ensure!(scene.path("two").join("two").exists(), "the lower one");
+    scene.expect_nothing_left()
 }
 
 /// Engines make a tmpfs for /dev/shm and name it as a bind mount's source.

@@ -105,6 +105,10 @@ fn source_of(
             let problem = "missing; name a filesystem, or add the option bind";
             return Err(Error::invalid(format!("{field}.type"), problem));
         }
+        (None, "overlay") if shared.is_some() => Source::Share {
+            path: shared.cloned().unwrap_or_default(),
+            recursive: false,
+        },
         (Some(_), _) | (None, "bind") => Source::Share {
             path: shared.cloned().ok_or_else(|| {
                 Error::invalid(format!("{field}.source"), "was not shared with the guest")

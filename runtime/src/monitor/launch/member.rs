@@ -59,7 +59,7 @@ pub(super) fn launch<'a>(
     );
     let mut disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
     launch.record_cgroup(&share)?;
-    pod::add(joined.vmm, &share.entries)?;
+    pod::add(joined.vmm, &share.entries, &share.overlays)?;
     match (&joined.network, stand_in) {
         (Some(path), Some(stand_in)) => launch.join_network(path, stand_in)?,
         _ => launch.enter_network(checked.network.as_deref(), stand_in)?,

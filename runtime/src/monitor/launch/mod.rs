@@ -46,7 +46,7 @@ use crate::{
     disks::{self, Disks},
     hooks::HookError,
     network::{NamespaceError, NetworkError},
-    pod::{PieceError, PodError},
+    pod::{self, PieceError, PodError},
     share::{self, Share},
     shm,
     spec::{Loaded, SpecError, check::Checked},
@@ -211,6 +211,13 @@ pub fn launch<'a>(
         Err(error) => return Err(error),
     }
     launch.boot(&mut ready)?;
+    if let Some(vmm) = container
+        .record()?
+        .vmm
+        .filter(|_| !share.overlays.is_empty())
+    {
+        pod::add(vmm, &[], &share.overlays)?;
+    }
     launch.create_hooks()?;
     launch.enter_cgroup_unless(&hooks::OF_THE_CONTAINER)?;
     launch.attach_interfaces()?;
