@@ -28,5 +28,6 @@ pub mod stdio;
 mod sys;
 pub mod time;
 pub mod timeline;
+pub mod user_namespace;
 pub mod vm;
 pub mod wait;

@@ -80,6 +80,16 @@ pub enum CgroupError {
     },
 }
 
+impl CgroupError {
+    /// Whether this user may not change the host's cgroups there.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if matches!(
+            source.kind(),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+        ))
+    }
+}
+
 fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
     let path = path.to_owned();
     move |source| CgroupError::Io {

@@ -44,6 +44,7 @@ use crate::{
     state::{Container, ContainerStatus, Record, StateError, StateRoot},
     stdio::TerminalError,
     timeline::Moment,
+    user_namespace,
     wait::Deadline,
 };
 
@@ -127,10 +128,9 @@ pub struct Context {
 
 /// Where the state is unless somebody says: users who are root in a namespace of their own have no
 /// right to /run, but a directory of theirs, as for runc and crun.
-fn usual_root(runtime_directory: Option<OsString>, uid_map: &str) -> PathBuf {
-    let words: Vec<_> = uid_map.split_whitespace().collect();
+fn usual_root(runtime_directory: Option<OsString>, is_somebodys: bool) -> PathBuf {
     match runtime_directory {
-        Some(directory) if !directory.is_empty() && words != ["0", "0", "4294967295"] => {
+        Some(directory) if !directory.is_empty() && is_somebodys => {
             Path::new(&directory).join("bulkhead")
         }
         _ => PathBuf::from("/run/bulkhead"),
@@ -140,8 +140,8 @@ fn usual_root(runtime_directory: Option<OsString>, uid_map: &str) -> PathBuf {
 /// Carries a command out; returns the exit code.
 pub fn run(cli: Cli, config: Config, began: Moment) -> Result<u8, Error> {
     let root = cli.global.root.clone().unwrap_or_else(|| {
-        let own = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-        usual_root(std::env::var_os("XDG_RUNTIME_DIR"), &own)
+        let runtime_directory = std::env::var_os("XDG_RUNTIME_DIR");
+        usual_root(runtime_directory, user_namespace::is_somebodys())
     });
     let root = std::path::absolute(root)
         .map_err(|error| Error::Io("find the current directory", error))?;
@@ -358,18 +358,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn users_have_their_containers_in_a_directory_of_theirs() {
-        let (host, own) = (
-            "         0          0 4294967295\n",
-            "0 1000 1\n1 100000 65536\n",
-        );
-        let there = || Some("/run/user/1000".into());
+    fn users_have_a_directory_of_their_own() {
+        let there = || Some(OsString::from("/run/user/1000"));
         assert_eq!(
-            usual_root(there(), own),
+            usual_root(there(), true),
             Path::new("/run/user/1000/bulkhead")
         );
-        for (directory, map) in [(there(), host), (None, own), (Some("".into()), own)] {
-            assert_eq!(usual_root(directory, map), Path::new("/run/bulkhead"));
+        for (directory, is_somebodys) in [(there(), false), (None, true), (Some("".into()), true)] {
+            assert_eq!(
+                usual_root(directory, is_somebodys),
+                Path::new("/run/bulkhead")
+            );
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::net::{UnixListener, UnixStream},
@@ -149,10 +149,15 @@ fn greet(directory: &Path) {
 }
 
 fn serve(socket: UnixStream, behaviour: Behaviour, guest: &Shared, control: &UnixStream) {
-    let mut reader = BufReader::new(socket.try_clone().unwrap());
-    let mut line = String::new();
-    reader.read_line(&mut line).unwrap();
-    let port: u32 = line
+    // No byte more: what follows may be the stream's own.
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while line.last() != Some(&b'\n') {
+        (&socket).read_exact(&mut byte).unwrap();
+        line.extend(byte);
+    }
+    let port: u32 = std::str::from_utf8(&line)
+        .unwrap()
         .trim()
         .strip_prefix("CONNECT ")
         .unwrap()
@@ -160,11 +165,10 @@ fn serve(socket: UnixStream, behaviour: Behaviour, guest: &Shared, control: &Uni
         .unwrap();
     (&socket).write_all(b"OK 1\n").unwrap();
     if port == RPC_PORT {
-        while answer_one(&mut reader, &socket, behaviour, guest, control).is_ok() {}
+        while answer_one(&socket, behaviour, guest, control).is_ok() {}
     } else {
         let mut number = [0; 8];
-        reader.read_exact(&mut number).unwrap();
-        assert!(reader.buffer().is_empty());
+        (&socket).read_exact(&mut number).unwrap();
         let (state, changed) = &**guest;
         state
             .lock()
@@ -176,17 +180,16 @@ fn serve(socket: UnixStream, behaviour: Behaviour, guest: &Shared, control: &Uni
 }
 
 fn answer_one(
-    reader: &mut impl Read,
-    socket: &UnixStream,
+    mut socket: &UnixStream,
     behaviour: Behaviour,
     guest: &Shared,
     control: &UnixStream,
 ) -> io::Result<()> {
     let mut header = [0; MESSAGE_HEADER_LENGTH];
-    reader.read_exact(&mut header)?;
+    socket.read_exact(&mut header)?;
     let header = MessageHeader::from(header);
     let mut body = vec![0; usize::try_from(header.length).unwrap()];
-    reader.read_exact(&mut body)?;
+    socket.read_exact(&mut body)?;
     let request = Request::parse_from_bytes(&body).unwrap();
     assert_eq!(request.service, "bulkhead.agent.v1.Agent");
     let socket = socket.try_clone()?;

@@ -38,7 +38,10 @@ const PLACES: [&str; 15] = [
 /// Podman's own, made with its first volume and kept.
 const DEVICE: &str = "/var/lib/containers/storage/volumes/backingFsBlockDev";
 
+/// Podman binds its storage to itself, and keeps that or not.
 const PODMANS: &str = "/var/lib/containers/storage/overlay";
+/// The host's own network namespace, which Docker binds for the first container in it.
+const DOCKERS: &str = "/run/docker/netns/default";
 
 /// RTMGRP_LINK of linux/rtnetlink.h.
 const LINKS: u32 = 1;
@@ -54,8 +57,8 @@ impl Host {
             // Ids change, and the order of peer groups does.
             let mut fields = line.split(' ').skip(3);
             let (root, place) = (fields.next()?, fields.next()?);
-            // Podman binds its storage to itself, and keeps that or not.
-            (place != PODMANS).then(|| format!("{root} at {place}"))
+            let own = [PODMANS, DOCKERS].contains(&place);
+            (!own).then(|| format!("{root} at {place}"))
         })?);
         all.extend(lines("/proc/net/unix", "socket", |line| {
             line.split_whitespace().nth(7).map(str::to_owned)

@@ -112,6 +112,7 @@ pub fn unshare_pids() -> Result<(), JailError> {
 /// Enters the jail, for good. Gives a descriptor of this process's own /proc/self/fd, which the
 /// file server needs, and from which nothing else can be reached.
 pub fn enter(contents: Contents) -> Result<File, JailError> {
+    let groups_are_fixed = groups_are_fixed();
     enter_namespaces(contents.network)?;
     let descriptors = open_tree(
         CWD,
@@ -132,7 +133,7 @@ pub fn enter(contents: Contents) -> Result<File, JailError> {
         attach(&sockets, &root, "sockets").map_err(step("mount /sockets"))?;
     }
     close_root(&root)?;
-    drop_rights(shares)?;
+    drop_rights(shares, groups_are_fixed)?;
     Ok(descriptors.into())
 }
 
@@ -190,8 +191,14 @@ fn close_root(root: &OwnedFd) -> Result<(), JailError> {
         .map_err(|error| JailError::Step("make the root read-only", error))
 }
 
+/// Whether nobody may change his groups here, as in the user namespace of somebody who has one id only
+/// (user_namespaces(7)).
+fn groups_are_fixed() -> bool {
+    std::fs::read("/proc/self/setgroups").is_ok_and(|text| text.starts_with(b"deny"))
+}
+
 /// Drops what is not needed any more. Only the main thread exists.
-fn drop_rights(shares: bool) -> Result<(), JailError> {
+fn drop_rights(shares: bool, groups_are_fixed: bool) -> Result<(), JailError> {
     umask(Mode::empty());
     setrlimit(
         Resource::Core,
@@ -201,7 +208,9 @@ fn drop_rights(shares: bool) -> Result<(), JailError> {
         },
     )
     .map_err(step("forbid core dumps"))?;
-    set_thread_groups(&[]).map_err(step("drop the groups"))?;
+    if !groups_are_fixed {
+        set_thread_groups(&[]).map_err(step("drop the groups"))?;
+    }
     let keep = if shares {
         FILE_SERVER
     } else {

@@ -58,7 +58,7 @@ pub(super) fn launch<'a>(
         &loaded.spec,
     );
     let mut disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
-    launch.record_cgroup(&share)?;
+    launch.make_cgroup(&share)?;
     pod::add(joined.vmm, &share.entries, &share.overlays)?;
     match (&joined.network, stand_in) {
         (Some(path), Some(stand_in)) => launch.join_network(path, stand_in)?,

@@ -53,6 +53,7 @@ use crate::{
     state::{Container, Event, ProcessIdentity, StateError, VMM_LOG},
     stdio::{Relay, Signals},
     timeline::{Moment, Timeline},
+    user_namespace,
     vm::{Vm, VmError},
     wait::{Deadline, poll},
 };
@@ -193,7 +194,7 @@ pub fn launch<'a>(
     let mut ready = ReadyListener::bind(sockets.as_fd())?;
     let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
     let disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
-    launch.record_cgroup(&share)?;
+    launch.make_cgroup(&share)?;
     let mut config = order.vm_config(container.path(), &share, &launch.cgroup);
     config.disks.extend(disks.configs.iter().cloned());
     launch.vm.configure(&config)?;
@@ -319,13 +320,25 @@ impl Launch<'_, '_> {
         Ok(())
     }
 
+    /// Makes the cgroup. Users without a right to that do without: their limits hold in the guest.
+    fn make_cgroup(&mut self, share: &Share) -> Result<(), LaunchError> {
+        self.record_cgroup(share)?;
+        match self.cgroup.make(&self.limits) {
+            Err(error) if error.is_denied() && user_namespace::is_somebodys() => {
+                tracing::debug!("no cgroup on the host: {}", crate::error::chain(&error));
+                self.cgroup = Cgroup::nowhere();
+                self.record_cgroup(share)
+            }
+            made => Ok(made?),
+        }
+    }
+
     fn record_cgroup(&self, share: &Share) -> Result<(), LaunchError> {
         let (directories, own) = (self.cgroup.directories(), self.cgroup.places());
         self.record(|record| {
             (record.cgroups, record.cgroup) = (directories, own);
             record.shared_memory.clone_from(&share.memory_source);
-        })?;
-        Ok(self.cgroup.make(&self.limits)?)
+        })
     }
 
     fn record_created(&self) -> Result<(), LaunchError> {

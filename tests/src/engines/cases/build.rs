@@ -63,7 +63,7 @@ fn failing_step(engine: &Engine) -> Result<()> {
     let output = build(
         engine,
         &format!("FROM {IMAGE}\nRUN echo before && exit 9\n"),
-        &["--tag", "localhost/made-failed"],
+        &["--force-rm", "--tag", "localhost/made-failed"],
     )?;
     ensure!(output.code() != 0, "{output}");
     let all = format!("{}{}", output.text(), output.errors());
