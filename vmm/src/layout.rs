@@ -48,6 +48,9 @@ pub const FIRST_GSI: u32 = 5;
 /// Last pin of the IO-APIC.
 pub const LAST_GSI: u32 = 23;
 
+/// Port of the first virtio-mmio device's notifications; one each.
+pub const NOTIFY_PORTS: u16 = 0xb00;
+
 /// IO-APIC's registers.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APICs' registers.
@@ -65,6 +68,12 @@ pub fn virtio_mmio(index: usize) -> Option<(u64, u32)> {
     let place = u32::try_from(index).ok().filter(|_| index < MAX_DEVICES)?;
     let address = VIRTIO_MMIO + u64::from(place) * VIRTIO_MMIO_SIZE;
     Some((address, FIRST_GSI + place))
+}
+
+/// The port for notifications of the virtio-mmio device at a place.
+pub fn notify_port(index: usize) -> Option<u16> {
+    let place = u16::try_from(index).ok().filter(|_| index < MAX_DEVICES)?;
+    Some(NOTIFY_PORTS + place)
 }
 
 /// Less than this no kernel of ours fits into.

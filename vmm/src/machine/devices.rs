@@ -158,6 +158,14 @@ impl Backplane {
             self.registers.page(index),
         );
         let memory = Memory::new(self.memory.clone());
+        let on_vcpu = (0u16..)
+            .zip(device.queue_sizes())
+            .any(|(queue, _)| device.notified_on_vcpu(queue));
+        // Queues that KVM serves by itself are quicker without.
+        let port = layout::notify_port(index).filter(|_| on_vcpu).unwrap_or(0);
+        self.registers
+            .page(index)
+            .set(register::NOTIFY_PORT, port.into());
         let transport = MmioTransport::new(device, memory, interrupt, notifications);
         Ok(Box::new(transport))
     }

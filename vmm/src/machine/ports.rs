@@ -10,6 +10,7 @@ use crate::kvm::exits::{Bus, Ending};
 use crate::layout;
 use crate::threads::locked;
 use crate::virtio::mmio::MmioTransport;
+use crate::virtio::registers::register;
 
 /// First of the eight ports of COM1.
 const SERIAL: u16 = 0x3f8;
@@ -51,6 +52,12 @@ impl Ports {
         let offset = address.checked_sub(layout::VIRTIO_MMIO)?;
         let index = usize::try_from(offset / layout::VIRTIO_MMIO_SIZE).ok()?;
         Some((self.places.get(index)?, offset % layout::VIRTIO_MMIO_SIZE))
+    }
+
+    /// Of which device a port takes the notifications.
+    fn notified(&self, port: u16) -> Option<&Mutex<Place>> {
+        let index = port.checked_sub(layout::NOTIFY_PORTS)?;
+        self.places.get(usize::from(index))
     }
 
     fn serial(&self, port: u16) -> Option<(&Mutex<SerialPort>, u8)> {
@@ -104,6 +111,10 @@ impl Bus for Ports {
         if let Some((serial, offset)) = self.serial(port) {
             let mut serial = locked(serial);
             data.iter().for_each(|byte| serial.write(offset, *byte));
+        } else if let Some(place) = self.notified(port) {
+            if let Some(device) = locked(place).transport() {
+                device.write(register::QUEUE_NOTIFY, data);
+            }
         } else if port == KEYBOARD {
             return data.contains(&KEYBOARD_RESET).then_some(Ending::Reset);
         } else {

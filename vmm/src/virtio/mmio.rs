@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::MmioInterrupt;
 use super::queue::QueueRegisters;
 use super::registers::{CONFIG_SIZE, register};
+use super::worker::signal;
 use super::{Activation, ActiveQueue, Memory, VirtioDevice, worker};
 use crate::failure::Chain;
 
@@ -189,7 +190,12 @@ impl MmioTransport {
                     self.device.notify(queue);
                 }
             }
-            _ => debug!(queue, "the driver notifies a queue that is none"),
+            Ok(queue) => match self.notifications.get(usize::from(queue)) {
+                // By the port, where a device has queues of both kinds.
+                Some(event) => signal(event),
+                None => debug!(queue, "the driver notifies a queue that is none"),
+            },
+            Err(_) => debug!(queue, "the driver notifies a queue that is none"),
         }
     }
 

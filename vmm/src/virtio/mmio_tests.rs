@@ -365,6 +365,9 @@ fn some_notifications_come_by_the_vcpu() {
     bench.transport.pause();
     bench.write(register::QUEUE_NOTIFY, 1);
     assert_eq!(bench.seen.lock().expect("lock").notified, [1, 1]);
+    // Once at the start, once by the driver.
+    let waited_for = &bench.transport.notifications[0];
+    assert_eq!(waited_for.read().expect("an event"), 2);
 }
 
 #[test]

@@ -39,6 +39,9 @@ pub mod register {
     pub const SHARED_MEMORY_SELECT: u64 = 0xac;
     pub const SHARED_MEMORY_LENGTH: u64 = 0xb0;
     pub const SHARED_MEMORY_BASE_HIGH: u64 = 0xbc;
+    /// Not virtio's, ours for our guest's kernel (guest-kernel/patches/0007): a port where the driver may
+    /// write what it would write to [`QUEUE_NOTIFY`], if not zero. KVM has no instruction to decode then.
+    pub const NOTIFY_PORT: u64 = 0xf0;
     pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
