@@ -4,7 +4,7 @@ use bulkhead_agent_protocol::messages::{Empty, SignalProcessRequest};
 
 use super::{CALL_LIMIT, Context, Error, ask, living};
 use crate::{
-    agent::{AgentError, rpc::RpcError},
+    agent::{AgentError, connect::ConnectError, rpc::RpcError},
     cli::Kill,
     signal,
     state::{ContainerStatus, Record},
@@ -26,7 +26,26 @@ pub(super) fn kill(context: &Context, options: &Kill) -> Result<u8, Error> {
         all: options.all,
         ..Default::default()
     };
-    sent(ask(&container, "SignalProcess", &request), &record)
+    let asked = ask(&container, "SignalProcess", &request);
+    if is_out_of_reach(&asked) && ends(&record) {
+        // It ended by itself a moment ago: as if it had been seen before.
+        if options.all {
+            return Ok(0);
+        }
+        living(context, &options.id)?;
+    }
+    sent(asked, &record)
+}
+
+/// Whether nobody was there to take the signal, as while the virtual machine is taken down.
+fn is_out_of_reach(asked: &Result<Empty, Error>) -> bool {
+    use ConnectError::{Handshake, Socket};
+    matches!(
+        asked,
+        Err(Error::Agent(AgentError::Connect(
+            Socket(_) | Handshake { .. }
+        )))
+    )
 }
 
 /// What became of the signal.
@@ -69,6 +88,18 @@ mod tests {
         assert!(matches!(sent(lost(), &record), Ok(0)));
         monitor.wait().expect("wait");
         assert!(matches!(sent(lost(), &record), Ok(0)));
+    }
+
+    #[test]
+    fn a_machine_that_is_taken_down_is_out_of_reach() {
+        let refused = || std::io::ErrorKind::ConnectionRefused.into();
+        let unreachable = ConnectError::Socket(refused());
+        assert!(is_out_of_reach(&Err(Error::Agent(unreachable.into()))));
+        let source = refused();
+        let unreachable = ConnectError::Handshake { port: 1, source };
+        assert!(is_out_of_reach(&Err(Error::Agent(unreachable.into()))));
+        assert!(!is_out_of_reach(&lost()));
+        assert!(!is_out_of_reach(&Ok(Empty::default())));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::runtime::Runtime;
 /// Round trips of one value.
 const ROUNDS: usize = 100;
 /// Bytes of one transfer.
-const BULK: usize = 32 << 20;
+const BULK: usize = 4 << 20;
 
 /// `podman run --rm` of true on the default bridge. The runtimes take turns.
 pub(super) fn runs(runtimes: &[Runtime], runs: usize, figures: &mut Figures) -> Result<()> {
