@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_agent_protocol::oci::MOUNT_OPTIONS;
 use bulkhead_vmm::config::ShareEntry;
 use oci_spec::runtime::{Mount, Spec};
 use rustix::{
@@ -127,41 +128,27 @@ fn is_overlay(mount: &Mount) -> bool {
 }
 
 fn overlay_of(index: usize, mount: &Mount, target: &str) -> Result<Overlay, SpecError> {
-    // The host kernel's overlayfs.rst. Others are flags of the mount, which the agent sets.
-    const OWN: [&str; 11] = [
-        "lowerdir",
-        "upperdir",
-        "workdir",
-        "redirect_dir",
-        "index",
-        "metacopy",
-        "xino",
-        "nfs_export",
-        "uuid",
-        "userxattr",
-        "volatile",
-    ];
     let invalid = |reason: &str| SpecError::Invalid {
         field: format!("mounts[{index}].options"),
         reason: reason.to_owned(),
     };
-    let key = |option: &str| option.split('=').next().unwrap_or_default().to_owned();
-    // An element may hold several, as engines write them.
-    let given = mount.options().iter().flatten();
+    // What is no option of every mount, which the agent sets, is for the kernel to judge.
+    let given = mount.options().iter().flatten().map(String::as_str);
     let own: Vec<&str> = given
-        .flat_map(|element| element.split(','))
-        .filter(|option| OWN.contains(&key(option).as_str()))
+        .filter(|option| !MOUNT_OPTIONS.contains(option))
         .collect();
-    let lower = own
-        .iter()
+    let options = own.join(",");
+    let lower = options
+        .split(',')
         .find_map(|option| option.strip_prefix("lowerdir="))
         .and_then(|directories| directories.split(':').next())
         .filter(|directory| directory.starts_with('/'))
+        .map(PathBuf::from)
         .ok_or_else(|| invalid("an overlay needs lowerdir=, with absolute paths on the host"))?;
     Ok(Overlay {
         target: target.to_owned(),
-        lower: lower.into(),
-        options: own.join(","),
+        lower,
+        options,
     })
 }
 
@@ -292,12 +279,11 @@ mod tests {
             let mounts = json!([{"destination": "/o", "type": "overlay", "options": options}]);
             collected(bundle.path(), mounts)
         };
-        let share =
-            overlay(&["lowerdir=/a:/b,upperdir=/u", "ro", "workdir=/w", "volatile"]).unwrap();
+        let share = overlay(&["lowerdir=/a:/b,upperdir=/u", "ro", "workdir=/w", "odd"]).unwrap();
         let expected = Overlay {
             target: "one/mounts/0".to_owned(),
             lower: "/a".into(),
-            options: "lowerdir=/a:/b,upperdir=/u,workdir=/w,volatile".to_owned(),
+            options: "lowerdir=/a:/b,upperdir=/u,workdir=/w,odd".to_owned(),
         };
         assert_eq!(share.overlays, [expected]);
         assert_eq!(share.bind_sources[&0], "one/mounts/0");

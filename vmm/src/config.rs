@@ -56,7 +56,6 @@ pub struct VmConfig {
     pub network_namespace: Option<PathBuf>,
     /// Directory of a cgroup, version 2, that the VM's process begins in: to be moved there later would
     /// take it a grace period of the kernel. [`VmEvent::Forked`] says whether it could.
-    #[serde(default)]
     pub cgroup: Option<PathBuf>,
     /// Places for devices that are attached later ([`VmCommand::AttachNetwork`],
     /// [`VmCommand::AttachDisk`]). The guest finds placeholders there, without a function. All

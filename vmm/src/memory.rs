@@ -88,7 +88,9 @@ pub fn prefer_huge_pages(memory: &GuestMemoryMmap) {
 
 /// A kernel without huge pages refuses this, and the guest does without.
 fn choose_pages(region: &GuestRegionMmap, start: u64, length: u64, advice: libc::c_int) {
-    if let Err(error) = sys::advise(region, start, length, advice) {
+    if length > 0
+        && let Err(error) = sys::advise(region, start, length, advice)
+    {
         tracing::debug!(%error, "huge pages cannot be chosen");
     }
 }

@@ -58,7 +58,7 @@ fn overlay(scene: &Scene) -> Result<()> {
         .shell(script)
         .mount(
             json!({ "destination": "/changed", "type": "overlay", "source": "overlay",
-            "options": [changed, "private"] }),
+            "options": [changed, "volatile", "private"] }),
         )
         .mount(
             json!({ "destination": "/read", "type": "overlay", "source": "overlay",

@@ -22,7 +22,7 @@ use super::interrupt::MmioInterrupt;
 use super::queue::QueueRegisters;
 use super::registers::{CONFIG_SIZE, register};
 use super::worker::signal;
-use super::{Activation, ActiveQueue, Memory, VirtioDevice, worker};
+use super::{Activation, ActiveQueue, Memory, VirtioDevice};
 use crate::failure::Chain;
 
 /// Bits of the status register (§2.1).
@@ -184,18 +184,18 @@ impl MmioTransport {
 
     /// For most queues KVM signals the device itself.
     fn notify(&mut self, queue: u32) {
-        match u16::try_from(queue) {
-            Ok(queue) if self.device.notified_on_vcpu(queue) => {
+        let known = u16::try_from(queue)
+            .ok()
+            .and_then(|queue| Some((queue, self.notifications.get(usize::from(queue))?)));
+        match known {
+            Some((queue, _)) if self.device.notified_on_vcpu(queue) => {
                 if self.active {
                     self.device.notify(queue);
                 }
             }
-            Ok(queue) => match self.notifications.get(usize::from(queue)) {
-                // By the port, where a device has queues of both kinds.
-                Some(event) => signal(event),
-                None => debug!(queue, "the driver notifies a queue that is none"),
-            },
-            Err(_) => debug!(queue, "the driver notifies a queue that is none"),
+            // By the port, where a device has queues of both kinds.
+            Some((_, event)) => signal(event),
+            None => debug!(queue, "the driver notifies a queue that is none"),
         }
     }
 
@@ -335,7 +335,7 @@ impl MmioTransport {
             return;
         }
         self.active = true;
-        self.notifications.iter().for_each(worker::signal);
+        self.notifications.iter().for_each(signal);
     }
 
     /// The queues as the device gets them.

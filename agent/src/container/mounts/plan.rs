@@ -65,7 +65,11 @@ fn plan_one(
         let problem = format!("{} cannot be mounted over", destination.display());
         return Err(Error::invalid(format!("{field}.destination"), problem));
     }
-    let options = mount_options::parse(&field, mount.options().as_deref().unwrap_or_default())?;
+    let mut options = mount_options::parse(&field, mount.options().as_deref().unwrap_or_default())?;
+    if options.bind.is_none() && mount.typ().as_deref() == Some("overlay") {
+        // The host's kernel has taken them.
+        options.data.clear();
+    }
     let disk = disk
         .map(|disk| disk_of(&field, disk, &options))
         .transpose()?;
@@ -105,11 +109,8 @@ fn source_of(
             let problem = "missing; name a filesystem, or add the option bind";
             return Err(Error::invalid(format!("{field}.type"), problem));
         }
-        (None, "overlay") if shared.is_some() => Source::Share {
-            path: shared.cloned().unwrap_or_default(),
-            recursive: false,
-        },
-        (Some(_), _) | (None, "bind") => Source::Share {
+        // The host has mounted an overlay: its directories are there.
+        (Some(_), _) | (None, "bind" | "overlay") => Source::Share {
             path: shared.cloned().ok_or_else(|| {
                 Error::invalid(format!("{field}.source"), "was not shared with the guest")
             })?,

@@ -212,10 +212,8 @@ pub fn launch<'a>(
         Err(error) => return Err(error),
     }
     launch.boot(&mut ready)?;
-    if let Some(vmm) = container
-        .record()?
-        .vmm
-        .filter(|_| !share.overlays.is_empty())
+    if !share.overlays.is_empty()
+        && let Some(vmm) = container.record()?.vmm
     {
         pod::add(vmm, &[], &share.overlays)?;
     }
@@ -280,7 +278,9 @@ impl<'a> Launch<'_, 'a> {
         // What hooks have brought.
         self.attach_interfaces()?;
         self.set_network(&mut rpc)?;
-        self.vm.command(VmCommand::Booted)?;
+        if made.order.joined.is_none() {
+            self.vm.command(VmCommand::Booted)?;
+        }
         self.cgroup.limit_cpu_time(&self.limits)?;
         // Not before the hooks have run: they are not the container's.
         self.membership.settle(&self.cgroup)?;

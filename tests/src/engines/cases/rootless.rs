@@ -33,7 +33,7 @@ fn podman(engine: &Engine, args: &str) -> Result<Output> {
     Process::spawn(command)?.finish()
 }
 
-/// What an image of his gives somebody, who then leaves nothing behind.
+/// Gives somebody the image for what he does, and leaves nothing of his behind.
 fn as_somebody(engine: &Engine, work: impl FnOnce() -> Result<()>) -> Result<()> {
     if !std::fs::exists("/run/user/1000")? {
         return skip("nobody who could run it here");
