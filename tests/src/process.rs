@@ -392,7 +392,11 @@ impl Other {
 
     /// Waits for its end.
     pub(crate) fn wait(&self) -> Result<()> {
-        wait_readable(self.0.as_fd(), DEADLINE).context("waiting for a process to end")
+        self.wait_within(DEADLINE)
+    }
+
+    pub(crate) fn wait_within(&self, time: Duration) -> Result<()> {
+        wait_readable(self.0.as_fd(), time).context("waiting for a process to end")
     }
 
     /// Waits until it has ended (true) or the descriptor is readable.

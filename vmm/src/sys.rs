@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod guest_io;
-pub(crate) mod guest_view;
 pub(crate) mod held;
 pub(crate) mod tun;
 
@@ -28,6 +27,15 @@ use vmm_sys_util::eventfd::EventFd;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 /// Of x86-64.
 const PAGE: usize = 4096;
+
+/// Gives the calling thread a working directory and a file mode mask of its own, which the file
+/// server changes while it works.
+pub(crate) fn leave_shared_fs_attributes() -> io::Result<()> {
+    // SAFETY: with CLONE_FS alone, unshare(2) touches no memory and no descriptor; what it unshares
+    // is per thread for the kernel, and nothing here relies on it being shared.
+    unsafe { unshare_unsafe(UnshareFlags::FS) }?;
+    Ok(())
+}
 
 /// A descriptor of /dev/kvm as the type of the ioctls.
 pub(crate) fn kvm_from(fd: OwnedFd) -> Kvm {

@@ -15,8 +15,9 @@ pub(super) fn delete(context: &Context, options: &Delete) -> Result<u8, Error> {
     };
     if !options.force {
         let status = container.record()?.current_status();
-        // A process that was never let run has nothing to lose.
-        if !matches!(status, ContainerStatus::Stopped | ContainerStatus::Created) {
+        // The runtime-spec (lifecycle, delete): anything else has no effect and is an error. runc and crun
+        // remove a container that was created, too.
+        if status != ContainerStatus::Stopped {
             return Err(Error::NotStopped {
                 id: options.id.clone(),
                 status,

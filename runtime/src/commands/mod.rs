@@ -96,7 +96,9 @@ pub enum Error {
         status: ContainerStatus,
         wrong: &'static str,
     },
-    #[error("cannot delete container {id} that is not stopped: {status}")]
+    #[error(
+        "cannot delete container {id} that is not stopped: {status}; kill it first, or give --force"
+    )]
     NotStopped { id: String, status: ContainerStatus },
     #[error("cannot {operation} {path}")]
     File {

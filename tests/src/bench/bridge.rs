@@ -3,12 +3,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
 use super::figures::Figures;
-use super::timed;
+use super::{LONGEST, timed};
 use crate::engines::{IMAGE, Kind, Prepared};
 use crate::process::{DEADLINE, Process};
 use crate::runtime::Runtime;
@@ -118,8 +118,8 @@ fn accept(listener: &TcpListener) -> Result<TcpStream> {
     crate::process::wait_readable(listener.as_fd(), DEADLINE)
         .context("waiting for the container to connect")?;
     let (stream, _): (_, SocketAddr) = listener.accept()?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    stream.set_write_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(LONGEST))?;
+    stream.set_write_timeout(Some(LONGEST))?;
     Ok(stream)
 }
 

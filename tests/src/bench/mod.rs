@@ -9,19 +9,22 @@ mod share;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::bundle::Bundle;
 use crate::inside;
+use crate::process::Other;
 use crate::runtime::Runtime;
 use crate::scene::{self, Scene};
 use figures::Figures;
 
 /// Fewest runs that a median is taken of.
 const FEWEST: usize = 7;
+/// No program that is measured takes as long; a guest that spins makes virtual time pass.
+const LONGEST: Duration = Duration::from_secs(20);
 
 /// The program.
 pub fn main() -> ExitCode {
@@ -87,9 +90,7 @@ fn options() -> Result<Options> {
                 );
                 options.only = Some(value);
             }
-            _ => anyhow::bail!(
-                "{arg} is unknown: use --json FILE, --runs N, --runtime LIST, --only PART"
-            ),
+            _ => bail!("{arg} is unknown: use --json FILE, --runs N, --runtime LIST, --only PART"),
         }
     }
     ensure!(
@@ -248,15 +249,29 @@ fn program(runtime: Runtime, scene: &Scene) -> Command {
 }
 
 /// Milliseconds from the start of the program to its end.
-fn timed(mut command: Command) -> Result<f64> {
+fn timed(command: Command) -> Result<f64> {
     let begun = Instant::now();
+    finish(command)?;
+    Ok(begun.elapsed().as_secs_f64() * 1000.0)
+}
+
+/// Runs a program to its end; gives what it printed, where that is kept.
+fn finish(mut command: Command) -> Result<Vec<u8>> {
     let mut child = command
         .spawn()
         .with_context(|| format!("starting {command:?}"))?;
-    let status = child.wait()?;
-    let ms = begun.elapsed().as_secs_f64() * 1000.0;
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok(ms)
+    let process = Other::open(i32::try_from(child.id())?)?;
+    if process.wait_within(LONGEST).is_err() {
+        child.kill()?;
+        child.wait()?;
+        bail!(
+            "{command:?} did not end within {} s: has the emulator lost a guest (tests/host/README.md)? Run it again",
+            LONGEST.as_secs()
+        );
+    }
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{command:?}: {}", output.status);
+    Ok(output.stdout)
 }
 
 /// What `--timeline` writes.

@@ -5,12 +5,12 @@
 use std::fs;
 use std::process::Stdio;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::scene::Scene;
 
 use super::figures::Figures;
-use super::{Options, program};
+use super::{Options, finish, program};
 
 pub(super) fn measure(scene: &Scene, options: &Options, figures: &mut Figures) -> Result<()> {
     let data = scene.path("shared");
@@ -29,9 +29,8 @@ pub(super) fn measure(scene: &Scene, options: &Options, figures: &mut Figures) -
                 .arg("--bundle")
                 .arg(&bundle.path)
                 .arg(&id);
-            let output = command.stdout(Stdio::piped()).output()?;
-            ensure!(output.status.success(), "{command:?}: {}", output.status);
-            for line in String::from_utf8(output.stdout)?.lines() {
+            command.stdout(Stdio::piped());
+            for line in String::from_utf8(finish(command)?)?.lines() {
                 let (name, ms) = line.split_once(' ').context("a line without a figure")?;
                 let ms = ms.parse().with_context(|| line.to_owned())?;
                 if round > 0 {

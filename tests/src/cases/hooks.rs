@@ -200,6 +200,9 @@ fn failing_after_start(scene: &Scene) -> Result<()> {
     );
     bundle.spec["hooks"]["poststop"] = json!(hooks);
     let container = scene.create(&bundle)?;
+    let process = container.process()?;
+    scene.call(&["kill", &container.id, "KILL"])?.ok()?;
+    process.wait()?;
     let output = scene.call(&["delete", &container.id])?.ok()?;
     ensure!(output.errors().contains("hooks.poststop[0]"), "{output}");
     ensure!(crate::bundle::read(&scene.path("hooks.log"))?.contains("\"stopped\""));

@@ -135,6 +135,11 @@ fn kill_created(scene: &Scene) -> Result<()> {
 
 fn delete_force(scene: &Scene) -> Result<()> {
     let created = scene.create(&scene.bundle()?.shell("sleep 1000"))?;
+    // As the runtime-spec has it; runc and crun remove what was only created.
+    if scene.runtime == Runtime::Bulkhead {
+        scene.call(&["delete", &created.id])?.fails()?;
+        scene.expect_status(&created.id, "created")?;
+    }
     let mut running = scene.start(&scene.bundle()?.shell("echo up; sleep 1000"))?;
     running.streams.wait_for("up\n")?;
     scene.call(&["delete", &running.id])?.fails()?;

@@ -28,28 +28,30 @@ pub(crate) fn send(socket: BorrowedFd<'_>, pieces: &[VolatileSlice<'_>]) -> io::
     retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })
 }
 
-/// Reads at an offset of a file.
+/// Reads at an offset of a file, with flags of preadv2(2).
 pub(crate) fn read_at(
     file: BorrowedFd<'_>,
     pieces: &[VolatileSlice<'_>],
     offset: i64,
+    flags: i32,
 ) -> io::Result<usize> {
     let vectors = Vectors::new(pieces);
     let (pointer, count) = vectors.parts();
     // SAFETY: `pointer` leads to `count` vectors that `Vectors` made.
-    retry(|| unsafe { libc::preadv64(file.as_raw_fd(), pointer, count, offset) })
+    retry(|| unsafe { libc::preadv64v2(file.as_raw_fd(), pointer, count, offset, flags) })
 }
 
-/// Writes at an offset of a file.
+/// Writes at an offset of a file, with flags of pwritev2(2).
 pub(crate) fn write_at(
     file: BorrowedFd<'_>,
     pieces: &[VolatileSlice<'_>],
     offset: i64,
+    flags: i32,
 ) -> io::Result<usize> {
     let vectors = Vectors::new(pieces);
     let (pointer, count) = vectors.parts();
     // SAFETY: `pointer` leads to `count` vectors that `Vectors` made; the kernel only reads.
-    retry(|| unsafe { libc::pwritev64(file.as_raw_fd(), pointer, count, offset) })
+    retry(|| unsafe { libc::pwritev64v2(file.as_raw_fd(), pointer, count, offset, flags) })
 }
 
 /// Writes a packet, all of it or nothing; at most [`PIECES`] pieces make one.

@@ -1,8 +1,15 @@
 //! Takes descriptor chains from a queue and walks them, checked, as pieces of guest memory. What
 //! the pieces mean is the device's affair.
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+};
+
+/// Bytes of a descriptor (virtio 1.2 §2.7.5).
+const DESCRIPTOR_SIZE: usize = 16;
 
 /// A driver's mistake in one chain: the chain can be returned unused, the queue goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,15 +47,28 @@ pub struct QueueError {
     pub source: virtio_queue::Error,
 }
 
-/// A chain as the queue yields it.
-pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+/// A chain that the driver made available.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'m> {
+    memory: &'m GuestMemoryMmap,
+    /// The queue's descriptor table, and how many entries it has.
+    table: GuestAddress,
+    size: u16,
+    head: u16,
+}
 
 /// Takes the next chain that the driver made available.
 pub fn next<'m>(
     queue: &mut Queue,
     memory: &'m GuestMemoryMmap,
 ) -> Result<Option<Chain<'m>>, virtio_queue::Error> {
-    Ok(queue.iter(memory)?.next())
+    let head = queue.iter(memory)?.next().map(|chain| chain.head_index());
+    Ok(head.map(|head| Chain {
+        memory,
+        table: GuestAddress(queue.desc_table()),
+        size: queue.size(),
+        head,
+    }))
 }
 
 /// Puts back the last `count` chains taken from a queue.
@@ -56,37 +76,99 @@ pub fn put_back(queue: &mut Queue, count: u16) {
     queue.set_next_avail(queue.next_avail().wrapping_sub(count));
 }
 
-/// Gives each piece of the chain to `each`, in order, with whether the device may write it. A
-/// buffer that crosses regions of guest memory comes as several pieces; empty buffers are left out.
-pub fn walk<'m>(
-    memory: &'m GuestMemoryMmap,
-    chain: Chain<'m>,
-    queue_size: u16,
-    mut each: impl FnMut(VolatileSlice<'m>, bool) -> Result<(), ChainError>,
-) -> Result<(), ChainError> {
-    let mut more = true;
-    let mut count = 0u16;
-    for descriptor in chain {
-        count = count.checked_add(1).ok_or(ChainError::TooLong)?;
-        if count > queue_size {
-            return Err(ChainError::TooLong);
-        }
-        more = descriptor.has_next();
-        let (address, length) = (descriptor.addr(), descriptor.len());
-        let outside = || ChainError::OutsideMemory {
-            address: address.raw_value(),
-            length,
-        };
-        let bytes = usize::try_from(length).map_err(|_| outside())?;
-        for piece in memory.get_slices(address, bytes) {
-            each(piece.map_err(|_| outside())?, descriptor.is_write_only())?;
+impl<'m> Chain<'m> {
+    /// By which the driver knows it.
+    pub fn head_index(&self) -> u16 {
+        self.head
+    }
+
+    /// Gives each buffer to `each`, in order: its address, its length, and whether the device may write
+    /// it. Nothing is known of the address yet.
+    pub fn buffers(
+        &self,
+        mut each: impl FnMut(GuestAddress, u32, bool) -> Result<(), ChainError>,
+    ) -> Result<(), ChainError> {
+        let mut table = table(self.memory, self.table, u64::from(self.size))?;
+        let (mut index, mut count, mut indirect) = (self.head, 0, false);
+        loop {
+            // Read once: the driver may change it any time.
+            let descriptor: RawDescriptor = table
+                .read_obj(usize::from(index) * DESCRIPTOR_SIZE)
+                .map_err(|_| ChainError::Broken)?;
+            let descriptor = Descriptor::from(descriptor);
+            if descriptor.refers_to_indirect_table() {
+                // virtio 1.2 §2.7.5.3.1: one such table, at the end.
+                let (entries, rest) = (descriptor.len() / 16, descriptor.len() % 16);
+                if indirect || descriptor.has_next() || rest != 0 {
+                    return Err(ChainError::Broken);
+                }
+                table = self::table(self.memory, descriptor.addr(), u64::from(entries))?;
+                (index, indirect) = (0, true);
+                continue;
+            }
+            count += 1;
+            if count > self.size {
+                return Err(ChainError::TooLong);
+            }
+            each(
+                descriptor.addr(),
+                descriptor.len(),
+                descriptor.is_write_only(),
+            )?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
         }
     }
-    // The iterator ends quietly at an invalid descriptor.
-    if more {
-        return Err(ChainError::Broken);
+
+    /// Gives each piece of memory to `each`, in order, with whether the device may write it. A
+    /// buffer that crosses regions of guest memory comes as several pieces; empty buffers are left out.
+    pub fn walk(
+        &self,
+        mut each: impl FnMut(VolatileSlice<'m>, bool) -> Result<(), ChainError>,
+    ) -> Result<(), ChainError> {
+        self.buffers(|address, length, writable| {
+            let outside = || ChainError::OutsideMemory {
+                address: address.raw_value(),
+                length,
+            };
+            let bytes = usize::try_from(length).map_err(|_| outside())?;
+            if bytes == 0 {
+                return Ok(());
+            }
+            if let Some(piece) = one_piece(self.memory, address, bytes) {
+                return each(piece, writable);
+            }
+            for piece in self.memory.get_slices(address, bytes) {
+                each(piece.map_err(|_| outside())?, writable)?;
+            }
+            Ok(())
+        })
     }
-    Ok(())
+}
+
+/// A table of so many descriptors.
+fn table(
+    memory: &GuestMemoryMmap,
+    address: GuestAddress,
+    entries: u64,
+) -> Result<VolatileSlice<'_>, ChainError> {
+    usize::try_from(entries)
+        .ok()
+        .and_then(|entries| one_piece(memory, address, entries * DESCRIPTOR_SIZE))
+        .ok_or(ChainError::Broken)
+}
+
+/// Memory that lies in one region: quicker to find than any.
+fn one_piece(
+    memory: &GuestMemoryMmap,
+    address: GuestAddress,
+    bytes: usize,
+) -> Option<VolatileSlice<'_>> {
+    let region = memory.find_region(address)?;
+    let offset = region.to_region_addr(address)?;
+    region.get_slice(offset, bytes).ok()
 }
 
 /// How many pieces the first `count` bytes fill, and how many bytes of the next they reach into.
@@ -103,13 +185,22 @@ fn split(pieces: &[VolatileSlice<'_>], count: usize) -> (usize, usize) {
 
 /// Shortens a list of pieces to `limit` bytes.
 pub fn truncate(pieces: &mut Vec<VolatileSlice<'_>>, limit: usize) {
+    let count = shorten(pieces, limit);
+    pieces.truncate(count);
+}
+
+/// The same in place: gives how many pieces are left.
+pub fn shorten(pieces: &mut [VolatileSlice<'_>], limit: usize) -> usize {
     let (whole, left) = split(pieces, limit);
-    let cut = pieces
-        .get(whole)
-        .filter(|_| left > 0)
-        .and_then(|piece| piece.subslice(0, left).ok());
-    pieces.truncate(whole);
-    pieces.extend(cut);
+    match pieces.get_mut(whole) {
+        Some(piece) if left > 0 => {
+            if let Ok(part) = piece.subslice(0, left) {
+                *piece = part;
+            }
+            whole + 1
+        }
+        _ => whole,
+    }
 }
 
 /// Drops the first `count` bytes of a list of pieces.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::rand::{GetRandomFlags, getrandom};
 use tracing::debug;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
 use super::chain::{self, Chain, ChainError, QueueError};
 use super::worker::{EventSet, Handler, HandlerError, Poll, Worker};
@@ -102,7 +102,7 @@ impl Handler for Server {
         let mut used = false;
         while let Some(chain) = chain::next(queue, &memory).map_err(broken)? {
             let head = chain.head_index();
-            let count = fill(&memory, chain, queue.size()).unwrap_or_else(|error| {
+            let count = fill(chain).unwrap_or_else(|error| {
                 debug!(%error, "the driver's buffer cannot be filled");
                 0
             });
@@ -117,9 +117,9 @@ impl Handler for Server {
 }
 
 /// Fills the first buffer of a chain; gives the number of bytes written.
-fn fill(memory: &GuestMemoryMmap, chain: Chain<'_>, size: u16) -> Result<u32, ChainError> {
+fn fill(chain: Chain<'_>) -> Result<u32, ChainError> {
     let mut first = None;
-    chain::walk(memory, chain, size, |piece, writable| {
+    chain.walk(|piece, writable| {
         // §5.4.6.2: buffers are for the device to write.
         if !writable {
             return Err(ChainError::WrongDirection);

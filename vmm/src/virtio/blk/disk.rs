@@ -191,7 +191,7 @@ impl Disk {
     ) -> Result<(), AccessError> {
         let offset = self.check_pieces(sector, pieces)?;
         self.transfer(offset, pieces, |pieces, offset| {
-            guest_io::read_at(self.file.as_fd(), pieces, offset)
+            guest_io::read_at(self.file.as_fd(), pieces, offset, 0)
         })
     }
 
@@ -204,7 +204,7 @@ impl Disk {
         self.check_writable()?;
         let offset = self.check_pieces(sector, pieces)?;
         self.transfer(offset, pieces, |pieces, offset| {
-            guest_io::write_at(self.file.as_fd(), pieces, offset)
+            guest_io::write_at(self.file.as_fd(), pieces, offset, 0)
         })
     }
 

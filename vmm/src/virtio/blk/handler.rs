@@ -54,7 +54,7 @@ impl BlockHandler {
                 return Ok(Ok(()));
             };
             let head = chain.head_index();
-            let written = match self.server.serve(&memory, chain, queue.size()) {
+            let written = match self.server.serve(chain) {
                 Ok(done) => {
                     if let Some(error) = done.error
                         && let Some(unsaid) = self.log.allows()

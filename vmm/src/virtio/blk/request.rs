@@ -1,6 +1,6 @@
 //! What one chain asks a disk for (virtio 1.2 §5.2.6), and the doing of it.
 
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::disk::{AccessError, Disk, ID_SIZE, Serial};
 use crate::virtio::chain::{self, Chain, ChainError};
@@ -46,13 +46,8 @@ pub(super) struct Server {
 
 impl Server {
     /// Carries out what a chain asks for. An error means that the chain has no place for an answer.
-    pub(super) fn serve<'m>(
-        &self,
-        memory: &'m GuestMemoryMmap,
-        chain: Chain<'m>,
-        queue_size: u16,
-    ) -> Result<Done, ChainError> {
-        let mut parts = Parts::of(memory, chain, queue_size)?;
+    pub(super) fn serve<'m>(&self, chain: Chain<'m>) -> Result<Done, ChainError> {
+        let mut parts = Parts::of(chain)?;
         let mut header = [0; HEADER_SIZE];
         if chain::copy_out(&parts.readable, &mut header) < HEADER_SIZE {
             return Err(ChainError::TooShort);
@@ -153,13 +148,9 @@ struct Parts<'m> {
 }
 
 impl<'m> Parts<'m> {
-    fn of(
-        memory: &'m GuestMemoryMmap,
-        chain: Chain<'m>,
-        queue_size: u16,
-    ) -> Result<Self, ChainError> {
+    fn of(chain: Chain<'m>) -> Result<Self, ChainError> {
         let (mut readable, mut writable) = (Vec::new(), Vec::<VolatileSlice<'m>>::new());
-        chain::walk(memory, chain, queue_size, |piece, may_write| {
+        chain.walk(|piece, may_write| {
             if may_write {
                 writable.push(piece);
             } else if writable.is_empty() {

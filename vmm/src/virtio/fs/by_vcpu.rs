@@ -21,11 +21,11 @@ const MOST_BYTES: u32 = 256 << 10;
 const MOST_FREED: u64 = 16 << 20;
 /// A request that takes longer has met a disk or worse.
 const SLOW: Duration = Duration::from_micros(500);
-/// How long no vCPU tries again then.
-const WAIT: Duration = Duration::from_millis(20);
+/// No vCPU tries again for as long as so many such requests take, but no longer than that.
+const WAIT: u32 = 10;
+const LONGEST_WAIT: Duration = Duration::from_millis(20);
 
 // Operations of FUSE, and bits in their requests.
-const FORGET: u32 = 2;
 const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
@@ -36,10 +36,14 @@ thread_local! {
     static SETTLED: Cell<bool> = const { Cell::new(false) };
 }
 
+/// The queue whose requests nobody waits for: nodes that the guest forgets, which may be the end of large
+/// files.
+const FORGETS: u16 = 0;
+
 /// The driver has notified a queue, on a vCPU's thread. What is not done here is left to who waits
 /// for the queue's event.
 pub(super) fn notified(service: &Mutex<Service>, event: &EventFd, index: u16) {
-    if !run(service, index) {
+    if index == FORGETS || !run(service, index) {
         signal(event);
     }
 }
@@ -107,15 +111,16 @@ impl Patience {
     /// A request is done: notes how long it took.
     pub(super) fn note(&mut self) {
         let now = Instant::now();
-        if now.duration_since(self.begun) > SLOW {
-            self.rest(now);
+        let took = now.duration_since(self.begun);
+        if took > SLOW {
+            self.rest(now + (took * WAIT).min(LONGEST_WAIT));
         }
         self.begun = now;
     }
 
-    /// No vCPU serves for a while.
-    pub(super) fn rest(&mut self, now: Instant) {
-        self.again = Some(now + WAIT);
+    /// No vCPU serves before this.
+    pub(super) fn rest(&mut self, until: Instant) {
+        self.again = Some(until);
     }
 
     /// Whether a vCPU may carry the request out.
@@ -128,7 +133,6 @@ impl Patience {
             attributes.is_ok_and(|attributes| attributes.blocks.saturating_mul(512) <= MOST_FREED)
         };
         match requests.opcode() {
-            FORGET => freed(),
             SETATTR => requests.u32_at(0) & SETATTR_SIZE == 0 || freed(),
             OPEN => requests.u32_at(0) & libc::O_TRUNC.unsigned_abs() == 0 || freed(),
             READ | WRITE => requests.u32_at(16) <= MOST_BYTES,

@@ -6,17 +6,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tracing::warn;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::by_vcpu::{self, Patience};
 use super::handler::FilesystemHandler;
 use super::host::HostSide;
+use super::library::Library;
 use super::log;
-use super::request::{PRIVATE_SIZE, Requests};
+use super::request::Requests;
 use super::server::{self, FileServer, Share};
 use super::service::{Service, SharedService};
 use super::tree::Tree;
-use crate::sys::guest_view::GuestView;
 use crate::threads::Role;
 use crate::virtio::config_space;
 use crate::virtio::rate_limit::RateLimit;
@@ -127,8 +128,7 @@ impl VirtioDevice for Filesystem {
             what: format!("memory for the share {:?}", self.tag),
             source,
         };
-        let memory = GuestView::of(&activation.memory, PRIVATE_SIZE).map_err(backend)?;
-        let requests = Requests::new().map_err(|error| backend(io::Error::other(error)))?;
+        let library = Library::new().map_err(|error| backend(io::Error::other(error)))?;
         let mut queues = Vec::with_capacity(activation.queues.len());
         let mut events = Vec::with_capacity(activation.queues.len());
         for active in activation.queues {
@@ -136,13 +136,15 @@ impl VirtioDevice for Filesystem {
             events.push(active.notified);
         }
         let service = Arc::new(Mutex::new(Service {
-            memory,
+            memory: activation.memory.memory(),
             queues,
             interrupt: activation.interrupt.clone(),
             server: self.server.clone(),
             tree: self.tree.clone(),
             host,
-            requests,
+            requests: Requests::new(),
+            library,
+            answer: Vec::new(),
             patience: Patience::new(),
             broken: false,
             log: RateLimit::default(),

@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::host;
 use super::service::{By, SharedService, Stopped};
-use crate::sys::guest_view::leave_shared_fs_attributes;
+use crate::sys::leave_shared_fs_attributes;
 use crate::threads::locked;
 use crate::virtio::worker::{EventSet, Handler, HandlerError, Poll};
 

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::changes::{Changes, caused_by};
+use super::operations::{self, OUT_HEADER};
 use super::request::{Details, Requests};
 use super::sockets;
 use super::tree::Tree;
@@ -29,9 +30,6 @@ const DESTROY: u32 = 38;
 
 /// Token of the host's events; those below are queues.
 pub(super) const CHANGES: u64 = 16;
-/// Bytes of `struct fuse_out_header`: length, error, unique.
-const OUT_HEADER: usize = 16;
-
 /// The guest's request for events, which waits for them.
 #[derive(Debug)]
 pub(super) struct Waiting {
@@ -155,10 +153,10 @@ impl HostSide {
         memory: &GuestMemoryMmap,
         requests: &Requests,
         chain: Chain<'_>,
-        (queue, size): (u16, u16),
+        queue: u16,
     ) -> Result<Outcome, ChainError> {
         let head = chain.head_index();
-        let buffers = Buffers::of(chain, size)?;
+        let buffers = Buffers::of(chain)?;
         let unique = requests.unique();
         let answer = match requests.opcode() {
             WATCH => self.watch(poll, requests),
@@ -234,17 +232,15 @@ impl HostSide {
 struct Buffers(Vec<(GuestAddress, usize)>);
 
 impl Buffers {
-    fn of(chain: Chain<'_>, queue_size: u16) -> Result<Self, ChainError> {
+    fn of(chain: Chain<'_>) -> Result<Self, ChainError> {
         let mut buffers = Vec::new();
-        for (count, descriptor) in chain.enumerate() {
-            if count >= usize::from(queue_size) {
-                return Err(ChainError::TooLong);
+        chain.buffers(|address, length, writable| {
+            if writable {
+                let length = usize::try_from(length).map_err(|_| ChainError::TooLong)?;
+                buffers.push((address, length));
             }
-            if descriptor.is_write_only() {
-                let length = usize::try_from(descriptor.len()).map_err(|_| ChainError::TooLong)?;
-                buffers.push((descriptor.addr(), length));
-            }
-        }
+            Ok(())
+        })?;
         Ok(Self(buffers))
     }
 
@@ -264,8 +260,8 @@ impl Buffers {
             Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
         };
         let length = u32::try_from(OUT_HEADER + body.len()).map_err(|_| ChainError::TooLong)?;
-        let header = [length.to_le_bytes(), (-error).to_le_bytes()].concat();
-        let message = [&header[..], &unique, &body].concat();
+        let mut message = [&[0; OUT_HEADER][..], &body].concat();
+        operations::finish(&mut message, 0, error, unique);
         let mut left = &message[..];
         for (address, room) in &self.0 {
             let (now, later) = left.split_at(left.len().min(*room));

@@ -1,8 +1,8 @@
 //! virtio-fs (virtio 1.2 §5.11): a directory tree of the host as the guest's file system, served by
 //! virtiofsd's library in this process (docs/decisions/0001-virtio-fs-server.md).
 //!
-//! - `server`: the file server and its settings; `tree`: its files; `request`: requests as it may
-//!   see them; `write`: writes
+//! - `server`: the file server and its settings; `tree`: its files; `request`: requests in private memory
+//! - `operations`: those that come most often, and `write`; `library`: all others
 //! - `service`: the queues' requests; `handler`: the device's thread; `by_vcpu`: those of vCPUs
 //! - `host`: what goes beyond FUSE: `changes` of watched files, `sockets` of the host
 //! - `device`: the device as its transport sees it; `log`: the library's messages
@@ -12,7 +12,9 @@ mod changes;
 mod device;
 mod handler;
 mod host;
+mod library;
 mod log;
+mod operations;
 mod request;
 mod server;
 mod service;

@@ -1,43 +1,42 @@
 //! Takes FUSE requests from the queues and answers them, for whoever holds it: the device's thread, or the
 //! thread of a vCPU that has just notified (`by_vcpu`).
 
-use std::io::Write;
 use std::sync::{Arc, Mutex};
 
 use tracing::warn;
 use virtio_queue::{Queue, QueueT};
-use virtiofsd::descriptor_utils::Writer;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap, VolatileSlice};
 
 use super::by_vcpu::Patience;
 use super::host::{self, HostSide, Outcome, Waiting};
-use super::request::Requests;
+use super::library::Library;
+use super::operations::{self, OUT_HEADER};
+use super::request::{Buffers, Requests};
 use super::server::FileServer;
 use super::tree::Tree;
-use super::write;
-use crate::sys::guest_view::GuestView;
-use crate::virtio::Interrupt;
-use crate::virtio::chain::{self, Chain, QueueError};
+use crate::virtio::chain::{self, Chain, ChainError, QueueError};
 use crate::virtio::rate_limit::RateLimit;
 use crate::virtio::worker::{HandlerError, Poll};
+use crate::virtio::{Interrupt, Memory};
 
 /// Requests answered between two looks at other events, such as the one that ends the thread.
 const BUDGET: usize = 256;
-/// Bytes of `struct fuse_out_header`: length, error, unique.
-pub(super) const OUT_HEADER: u32 = 16;
-
 /// Shared by the device's thread and those of vCPUs.
 pub(super) type SharedService = Arc<Mutex<Service>>;
 
 /// Owns the queues while the device is active: the one for urgent requests and one for all others
 /// (virtio 1.2 §5.11.2).
 pub(super) struct Service {
-    pub(super) memory: GuestView,
+    pub(super) memory: <Memory as GuestAddressSpace>::T,
     pub(super) queues: Vec<Queue>,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) server: Arc<FileServer>,
     pub(super) tree: Tree,
     pub(super) host: HostSide,
     pub(super) requests: Requests,
+    pub(super) library: Library,
+    /// The answer at hand.
+    pub(super) answer: Vec<u8>,
     pub(super) patience: Patience,
     /// A queue is broken: nothing is answered any more.
     pub(super) broken: bool,
@@ -79,7 +78,7 @@ impl Service {
             By::Vcpu => Patience::REQUESTS,
         };
         for _ in 0..budget {
-            let memory = self.memory.original();
+            let memory = &*self.memory;
             let queue = &mut self.queues[usize::from(index)];
             queue.disable_notification(memory).map_err(broken)?;
             let Some(chain) = chain::next(queue, memory).map_err(broken)? else {
@@ -89,16 +88,17 @@ impl Service {
                 return Ok(Stopped::Empty);
             };
             let head = chain.head_index();
-            let place = (index, queue.size());
             let mut one = One {
                 server: &self.server,
                 tree: &self.tree,
                 host: &mut self.host,
                 requests: &mut self.requests,
-                memory: &self.memory,
+                library: &mut self.library,
+                answer: &mut self.answer,
+                memory,
                 patience: &mut self.patience,
             };
-            let written = match one.answer(by, chain, place) {
+            let written = match one.answer(by, chain, index) {
                 Ok(Next::Answered(written)) => written,
                 Ok(Next::Waits) => continue,
                 Ok(Next::Left) => {
@@ -121,7 +121,7 @@ impl Service {
     /// Gives a request back to the driver, answered with so many bytes.
     fn used(&mut self, index: u16, head: u16, written: u32) -> Result<(), HandlerError> {
         let broken = |source| QueueError { index, source };
-        let memory = self.memory.original();
+        let memory = &*self.memory;
         let queue = &mut self.queues[usize::from(index)];
         queue.add_used(memory, head, written).map_err(broken)?;
         if queue.needs_notification(memory).map_err(broken)? {
@@ -139,7 +139,7 @@ impl Service {
     }
 
     fn answer_waiting(&mut self, waiting: &Waiting) -> Result<(), HandlerError> {
-        let written = self.host.answer(self.memory.original(), waiting)?;
+        let written = self.host.answer(&self.memory, waiting)?;
         self.used(waiting.queue, waiting.head, written)
     }
 
@@ -160,72 +160,78 @@ struct One<'a> {
     tree: &'a Tree,
     host: &'a mut HostSide,
     requests: &'a mut Requests,
-    memory: &'a GuestView,
+    library: &'a mut Library,
+    answer: &'a mut Vec<u8>,
+    memory: &'a GuestMemoryMmap,
     patience: &'a mut Patience,
 }
 
 impl One<'_> {
-    /// Carries out one request of a queue of this number and size. Requests that the server cannot
+    /// Carries out one request of a queue. Requests that the server cannot
     /// read, or must not, get EINVAL, and an error if there is no room for that.
-    fn answer(
-        &mut self,
-        by: By<'_>,
-        chain: Chain<'_>,
-        place: (u16, u16),
-    ) -> Result<Next, HandlerError> {
-        let writer = Writer::new(self.memory.view(), chain.clone())?;
-        let request = self.requests.take(self.memory, chain.clone(), place.1)?;
+    fn answer(&mut self, by: By<'_>, chain: Chain<'_>, queue: u16) -> Result<Next, HandlerError> {
+        let mut buffers = self.requests.take(chain)?;
         let poll = match by {
             By::Device(poll) => Some(poll),
             By::Vcpu if !self.patience.allows(self.tree, self.requests) => return Ok(Next::Left),
             By::Vcpu => None,
         };
-        if !request.acceptable {
-            return refuse(writer, request.unique);
+        if !self.requests.is_acceptable() {
+            return self.refuse(&buffers.room);
         }
         if let host::WATCH | host::EVENTS | host::CONNECT = self.requests.opcode() {
             let Some(poll) = poll else {
                 return Ok(Next::Left);
             };
-            let memory = self.memory.original();
-            let outcome = self.host.serve(poll, memory, self.requests, chain, place)?;
+            let outcome = self
+                .host
+                .serve(poll, self.memory, self.requests, chain, queue)?;
             return Ok(match outcome {
                 Outcome::Answered(written) => Next::Answered(written),
                 Outcome::Waits => Next::Waits,
             });
         }
-        let unique = request.unique;
         let details = self.host.before(self.requests);
-        let answered = if self.requests.opcode() == write::WRITE {
-            write::answer(self.tree, self.requests, request.reader, writer)
-        } else {
-            self.server
-                .handle_message(request.reader, writer, None::<&mut ()>)
-                .map_err(HandlerError::from)
-        };
+        let answered = self.carry_out(&mut buffers);
         if let Some(details) = details {
             self.host.after(&details);
         }
         if poll.is_none() {
             self.patience.note();
         }
-        match answered {
-            Ok(written) => Ok(Next::Answered(u32::try_from(written)?)),
+        let read = match answered {
+            Ok(read) => read,
             Err(error) => {
                 // The library's messages are limited in number already.
                 log::warn!("{error}");
-                refuse(Writer::new(self.memory.view(), chain)?, unique)
+                return self.refuse(&buffers.room);
             }
+        };
+        if chain::copy_in(&buffers.room, self.answer) < self.answer.len() {
+            return self.refuse(&buffers.room);
         }
+        Ok(Next::Answered(u32::try_from(self.answer.len() + read)?))
     }
-}
 
-/// Writes an answer of EINVAL.
-fn refuse(mut writer: Writer<'_>, unique: [u8; 8]) -> Result<Next, HandlerError> {
-    let mut answer = [0; 16];
-    answer[..4].copy_from_slice(&OUT_HEADER.to_le_bytes());
-    answer[4..8].copy_from_slice(&(-libc::EINVAL).to_le_bytes());
-    answer[8..].copy_from_slice(&unique);
-    writer.write_all(&answer)?;
-    Ok(Next::Answered(OUT_HEADER))
+    /// Makes the answer, but for data that was read; gives how much that is.
+    fn carry_out(&mut self, buffers: &mut Buffers<'_>) -> Result<usize, HandlerError> {
+        if let Some(read) = operations::carry_out(self.tree, self.requests, buffers, self.answer) {
+            return Ok(read);
+        }
+        let room = chain::length(&buffers.room);
+        let request = self.requests.bytes();
+        self.library
+            .answer(self.server, request, room, self.answer)?;
+        Ok(0)
+    }
+
+    /// Writes an answer of EINVAL.
+    fn refuse(&self, room: &[VolatileSlice<'_>]) -> Result<Next, HandlerError> {
+        let mut answer = [0; OUT_HEADER];
+        operations::finish(&mut answer, 0, libc::EINVAL, self.requests.unique());
+        if chain::copy_in(room, &answer) < OUT_HEADER {
+            return Err(ChainError::TooShort.into());
+        }
+        Ok(Next::Answered(u32::try_from(OUT_HEADER)?))
+    }
 }

@@ -29,8 +29,11 @@ const LINK: u32 = 13;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const FSYNC: u32 = 20;
 const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
 const CREATE: u32 = 35;
+const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
 const AUTO_INVAL_DATA: u32 = 1 << 12;
 
@@ -290,9 +293,11 @@ fn the_share_is_all_there_is() {
 #[test]
 fn a_name_beyond_the_copy_is_refused() {
     let mut guest = Guest::mounted();
-    let mut body = vec![b'x'; 9000];
-    body.push(0);
-    assert_eq!(guest.ask(MKDIR, ROOT, &body), Err(libc::EINVAL));
+    for (length, error) in [(9000, libc::ENAMETOOLONG), (70_000, libc::EINVAL)] {
+        let mut body = vec![b'x'; length];
+        body.push(0);
+        assert_eq!(guest.ask(MKDIR, ROOT, &body), Err(error));
+    }
 }
 
 #[test]
@@ -305,6 +310,79 @@ fn long_writes_arrive_whole() {
     Random::new(6).fill(&mut data);
     assert_eq!(guest.write(node, handle, &data), Ok(1 << 20));
     assert!(std::fs::read(guest.path("file")).expect("read") == data);
+
+    // In pages, as Linux sends them, with room for what FUSE answers and no more.
+    Random::new(7).fill(&mut data);
+    let header = Body::new().u32(80 + (1 << 20)).u32(WRITE).u64(5).u64(node);
+    let header = header.u64(0).u64(0);
+    let body = Body::new().u64(handle).u64(0).u32(1 << 20).u32(0);
+    let message = [&header.0[..], &body.u64(0).u64(0).0, &data].concat();
+    guest.driver.space.write(guest.request, &message);
+    let page = |number: u64| GuestAddress(guest.request.0 + 80 + number * 4096);
+    let mut pieces = vec![
+        readable(guest.request, 40),
+        readable(GuestAddress(guest.request.0 + 40), 40),
+    ];
+    pieces.extend((0..256).map(|number| readable(page(number), 4096)));
+    pieces.extend([
+        writable(guest.answer, 16),
+        writable(GuestAddress(guest.answer.0 + 16), 8),
+    ]);
+    guest.driver.queues[1].add(&pieces);
+    guest.driver.queues[1].kick();
+    assert_eq!(guest.driver.wait_used(1).1, 24);
+    let answer = guest.driver.space.read(guest.answer, 24);
+    assert_eq!((u32_at(&answer, 4), u32_at(&answer, 16)), (0, 1 << 20));
+    assert!(std::fs::read(guest.path("file")).expect("read") == data);
+}
+
+#[test]
+fn files_are_synced() {
+    let mut guest = Guest::mounted();
+    std::fs::write(guest.path("file"), "x").expect("write");
+    let node = guest.lookup(ROOT, "file").expect("lookup");
+    let (handle, _) = guest.open(node, libc::O_RDWR).expect("open");
+    let body = Body::new().u64(handle).u32(0).u32(0);
+    assert_eq!(guest.ask(FSYNC, node, &body.0), Ok(Vec::new()));
+}
+
+#[test]
+fn directories_are_told_whole() {
+    let mut guest = Guest::mounted();
+    let names: Vec<_> = (0..50).map(|number| "n".repeat(number + 1)).collect();
+    for name in &names {
+        std::fs::write(guest.path(name), name).expect("write");
+    }
+    let opened = guest.ask(OPENDIR, ROOT, &[0; 8]).expect("open");
+    let handle = u64_at(&opened, 0);
+    let (mut seen, mut offset) = (Vec::new(), 0);
+    loop {
+        let body = Body::new().u64(handle).u64(offset).u32(1000).u32(0);
+        let answer = guest.ask(READDIRPLUS, ROOT, &body.u64(0).u64(0).0);
+        let answer = answer.expect("entries");
+        assert!(answer.len() <= 1000);
+        let mut rest = &answer[..];
+        while !rest.is_empty() {
+            let (node, size) = (u64_at(rest, 0), u64_at(rest, 48));
+            offset = u64_at(rest, 128 + 8);
+            let length = u32_at(rest, 128 + 16) as usize;
+            let name = &rest[128 + 24..128 + 24 + length];
+            rest = &rest[(128 + 24 + length).next_multiple_of(8)..];
+            if name.starts_with(b".") {
+                assert_eq!(node, 0);
+                continue;
+            }
+            assert_eq!(size, length as u64);
+            let known = guest.ask(GETATTR, node, &[0; 16]).expect("known");
+            assert_eq!(u64_at(&known, 24), size);
+            seen.push(String::from_utf8(name.to_vec()).expect("a name"));
+        }
+        if answer.is_empty() {
+            break;
+        }
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, names);
 }
 
 #[test]

@@ -3,21 +3,19 @@
 //! writes from those of others and keeps what it knows of the file (guest-kernel/patches/0006).
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
+use std::os::fd::AsFd;
 
-use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::filesystem::{Context, FileSystem, ZeroCopyReader};
+use virtiofsd::filesystem::{FileSystem, ZeroCopyReader};
 use virtiofsd::oslib::WritevFlags;
 
-use super::request::Requests;
+use super::request::{Pieces, Requests, skip};
 use super::tree::Tree;
-use crate::virtio::worker::HandlerError;
+use crate::sys::guest_io;
+use crate::virtio::chain;
 
 pub(super) const WRITE: u32 = 16;
-/// Bytes of `struct fuse_in_header` and `struct fuse_write_in`.
-const BEFORE_DATA: usize = 80;
-/// Bytes of `struct fuse_out_header`, of `struct fuse_write_out`, of what we add to it.
-const HEADER: usize = 16;
+/// Bytes of `struct fuse_write_out`, of what we add to it.
 const PLAIN: usize = 8;
 const MORE: usize = 32;
 /// Longer writes are no Linux's.
@@ -28,35 +26,31 @@ const DELAYED: u32 = 1;
 const LOCK_OWNER: u32 = 2;
 const KILL_PRIVILEGES: u32 = 4;
 
-/// Carries the request out that is at hand; gives the length of the answer.
-pub(super) fn answer(
+/// Carries the request out that is at hand; adds the answer's body to `answer`, which there is so much room
+/// for in all.
+pub(super) fn carry_out(
     tree: &Tree,
     requests: &Requests,
-    mut reader: Reader<'_>,
-    mut writer: Writer<'_>,
-) -> Result<usize, HandlerError> {
-    let data = reader.split_at(BEFORE_DATA)?;
-    let mut answer = [0; HEADER + PLAIN + MORE];
-    let (header, body) = answer.split_at_mut(HEADER);
-    let (error, told) = match carry_out(tree, requests, &data) {
-        Ok((count, observed)) => (0, observed.tell(u32::try_from(count)?, body)),
-        Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), 0),
-    };
-    let room = writer.available_bytes().saturating_sub(HEADER);
-    let length = HEADER + if room < told { told.min(PLAIN) } else { told };
-    header[..4].copy_from_slice(&u32::try_from(length)?.to_le_bytes());
-    header[4..8].copy_from_slice(&(-error).to_le_bytes());
-    header[8..].copy_from_slice(&requests.unique());
-    writer.write_all(&answer[..length])?;
-    Ok(length)
+    data: &Pieces<'_>,
+    room: usize,
+    answer: &mut Vec<u8>,
+) -> io::Result<()> {
+    let (count, observed) = observe(tree, requests, data)?;
+    let plain = answer.len() + PLAIN;
+    observed.tell(u32::try_from(count).unwrap_or(u32::MAX), answer);
+    // Not all writes of Linux want to know more.
+    if room < answer.len() {
+        answer.truncate(plain);
+    }
+    Ok(())
 }
 
 /// Writes; gives how many bytes, and what was seen.
-fn carry_out<'a>(
+fn observe<'a, 'm>(
     tree: &Tree,
     requests: &Requests,
-    data: &Reader<'a>,
-) -> io::Result<(usize, Observed<'a>)> {
+    data: &'a Pieces<'m>,
+) -> io::Result<(usize, Observed<'a, 'm>)> {
     let (size, write_flags) = (requests.u32_at(16), requests.u32_at(20));
     if size > MOST {
         return Err(io::Error::from_raw_os_error(libc::ENOMEM));
@@ -80,18 +74,12 @@ fn carry_out<'a>(
 fn write(
     tree: &Tree,
     requests: &Requests,
-    observed: &mut Observed<'_>,
+    observed: &mut Observed<'_, '_>,
     kill_privileges: bool,
 ) -> io::Result<usize> {
-    let (uid, gid) = requests.user();
-    let context = Context {
-        uid: uid.into(),
-        gid: gid.into(),
-        pid: 0,
-    };
     let (size, write_flags) = (requests.u32_at(16), requests.u32_at(20));
     tree.write(
-        context,
+        requests.context(),
         requests.node(),
         requests.u64_at(0),
         observed,
@@ -105,8 +93,8 @@ fn write(
 }
 
 /// What is written, and the file's state around that.
-struct Observed<'a> {
-    data: Reader<'a>,
+struct Observed<'a, 'm> {
+    data: &'a Pieces<'m>,
     before: Option<State>,
     after: Option<State>,
     /// A file with set-user-id or set-group-id bits is not written to.
@@ -132,10 +120,10 @@ impl State {
     }
 }
 
-impl<'a> Observed<'a> {
-    fn new(data: &Reader<'a>, spares_privileged: bool) -> Self {
+impl<'a, 'm> Observed<'a, 'm> {
+    fn new(data: &'a Pieces<'m>, spares_privileged: bool) -> Self {
         Self {
-            data: data.clone(),
+            data,
             before: None,
             after: None,
             spares_privileged,
@@ -148,11 +136,13 @@ impl<'a> Observed<'a> {
         privileged(self.before) || privileged(self.after)
     }
 
-    /// Puts the answer's body together; gives its length.
-    fn tell(&self, count: u32, body: &mut [u8]) -> usize {
+    /// Puts the answer's body together.
+    fn tell(&self, count: u32, answer: &mut Vec<u8>) {
+        let mut body = [0; PLAIN + MORE];
         body[..4].copy_from_slice(&count.to_le_bytes());
         let (Some(before), Some(after)) = (self.before, self.after) else {
-            return PLAIN;
+            answer.extend(&body[..PLAIN]);
+            return;
         };
         body[8..16].copy_from_slice(&before.size.to_le_bytes());
         body[16..24].copy_from_slice(&before.changed.0.to_le_bytes());
@@ -161,11 +151,11 @@ impl<'a> Observed<'a> {
             let nanoseconds = u32::try_from(nanoseconds).unwrap_or(0);
             body[at..at + 4].copy_from_slice(&nanoseconds.to_le_bytes());
         }
-        PLAIN + MORE
+        answer.extend(body);
     }
 }
 
-impl ZeroCopyReader for Observed<'_> {
+impl ZeroCopyReader for Observed<'_, '_> {
     fn write_to_file_at(
         &mut self,
         file: &File,
@@ -177,16 +167,25 @@ impl ZeroCopyReader for Observed<'_> {
         if self.spares_privileged && self.before.is_none_or(|before| before.privileged) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
+        let flags = flags.map_or(0, |flags| flags.bits());
+        let mut left = self.data.clone();
+        let pieces = chain::shorten(&mut left, count);
+        left.truncate(pieces);
         let mut done = 0;
-        while done < count {
-            let at = offset
-                .checked_add(done as u64)
-                .ok_or(io::ErrorKind::InvalidInput)?;
-            let written = self.data.write_to_file_at(file, count - done, at, flags)?;
-            if written == 0 {
-                break;
+        while !left.is_empty() {
+            let at = offset.checked_add(done as u64);
+            let at = at.and_then(|at| i64::try_from(at).ok());
+            let at = at.ok_or(io::ErrorKind::InvalidInput)?;
+            match guest_io::write_at(file.as_fd(), &left, at, flags) {
+                Ok(0) => break,
+                Ok(written) => {
+                    done += written;
+                    skip(&mut left, written);
+                }
+                // What was written before counts.
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
             }
-            done += written;
         }
         self.after = State::of(file);
         Ok(done)

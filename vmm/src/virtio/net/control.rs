@@ -12,7 +12,7 @@ use super::features;
 use super::ring::Ring;
 use super::tap::Tap;
 use crate::virtio::Interrupt;
-use crate::virtio::chain::{self, Chain, ChainError};
+use crate::virtio::chain::{Chain, ChainError};
 use crate::virtio::worker::HandlerError;
 
 const CLASS_MQ: u8 = 4;
@@ -78,7 +78,7 @@ impl Control {
                 break;
             };
             let head = chain.head_index();
-            let written = match self.serve(&memory, chain) {
+            let written = match self.serve(chain) {
                 Ok(()) => 1,
                 Err(mistake) => {
                     debug!(%mistake, "the driver's control command has no answer");
@@ -95,10 +95,10 @@ impl Control {
     }
 
     /// An error means that there is no place for an answer.
-    fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<(), ChainError> {
+    fn serve(&mut self, chain: Chain<'_>) -> Result<(), ChainError> {
         let mut bytes = [0; LONGEST];
         let (mut length, mut answer) = (0usize, None);
-        chain::walk(memory, chain, self.ring.size(), |piece, writable| {
+        chain.walk(|piece, writable| {
             if writable {
                 answer.get_or_insert(piece);
             } else if answer.is_some() {

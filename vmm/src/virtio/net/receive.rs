@@ -187,30 +187,20 @@ impl Receive {
 
     fn push(&mut self, chain: Chain<'_>) -> Result<usize, ChainError> {
         let mut bytes = 0usize;
-        let mut count = 0u16;
-        let mut more = true;
-        for descriptor in chain {
-            count += 1;
-            if count > self.ring.size() {
-                return Err(ChainError::TooLong);
-            }
-            more = descriptor.has_next();
-            if !descriptor.is_write_only() {
+        chain.buffers(|address, length, writable| {
+            if !writable {
                 return Err(ChainError::WrongDirection);
             }
-            let length = descriptor.len() as usize;
-            self.buffers.push(descriptor.addr(), length).map_err(|_| {
-                ChainError::OutsideMemory {
-                    address: descriptor.addr().raw_value(),
-                    length: descriptor.len(),
-                }
-            })?;
-            bytes = bytes.saturating_add(length);
-        }
-        // The iterator ends quietly at an invalid descriptor.
-        if more {
-            return Err(ChainError::Broken);
-        }
+            let size = length as usize;
+            self.buffers
+                .push(address, size)
+                .map_err(|_| ChainError::OutsideMemory {
+                    address: address.raw_value(),
+                    length,
+                })?;
+            bytes = bytes.saturating_add(size);
+            Ok(())
+        })?;
         Ok(bytes)
     }
 

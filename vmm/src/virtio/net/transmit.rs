@@ -24,7 +24,7 @@ use super::tap::Tap;
 use super::{HEADER_SIZE, LARGEST_PACKET};
 use crate::sys::guest_io::{self, PIECES};
 use crate::virtio::Interrupt;
-use crate::virtio::chain::{self, Chain, ChainError};
+use crate::virtio::chain::{Chain, ChainError};
 use crate::virtio::rate_limit::RateLimit;
 use crate::virtio::worker::HandlerError;
 
@@ -167,7 +167,7 @@ impl Transmit {
             };
             let head = chain.head_index();
             pieces.clear();
-            let sent = match gather(&memory, chain, self.ring.size(), &mut pieces) {
+            let sent = match gather(chain, &mut pieces) {
                 Ok(bytes) if bytes > largest => {
                     self.ring.put_back(1);
                     return Ok(Stopped::Budget);
@@ -196,14 +196,9 @@ impl Transmit {
 }
 
 /// The pieces of a packet and its header; gives their bytes.
-fn gather<'m>(
-    memory: &'m GuestMemoryMmap,
-    chain: Chain<'m>,
-    queue_size: u16,
-    pieces: &mut Vec<VolatileSlice<'m>>,
-) -> Result<usize, ChainError> {
+fn gather<'m>(chain: Chain<'m>, pieces: &mut Vec<VolatileSlice<'m>>) -> Result<usize, ChainError> {
     let mut bytes = 0usize;
-    chain::walk(memory, chain, queue_size, |piece, writable| {
+    chain.walk(|piece, writable| {
         // §5.1.6.2: the device reads only.
         if writable {
             return Err(ChainError::WrongDirection);

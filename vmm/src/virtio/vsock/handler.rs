@@ -110,7 +110,7 @@ impl VsockHandler {
             };
             *left -= 1;
             let head = chain.head_index();
-            match read_packet(memory, chain, queue.size(), pieces) {
+            match read_packet(chain, pieces) {
                 Ok(header) => self.muxer.packet(poll, &header, pieces),
                 Err(mistake) => complain(&mut self.log, TRANSMIT, mistake),
             }
@@ -167,7 +167,7 @@ impl VsockHandler {
             };
             let head = chain.head_index();
             let mut pieces = Vec::new();
-            let walked = chain::walk(&memory, chain, queue.size(), |piece, writable| {
+            let walked = chain.walk(|piece, writable| {
                 pieces.push(piece);
                 writable.then_some(()).ok_or(ChainError::WrongDirection)
             });
@@ -245,13 +245,11 @@ fn fill_once(
 
 /// Reads the header of a packet of the guest and finds its payload.
 fn read_packet<'m>(
-    memory: &'m GuestMemoryMmap,
     chain: chain::Chain<'m>,
-    queue_size: u16,
     pieces: &mut Vec<VolatileSlice<'m>>,
 ) -> Result<Header, ChainError> {
     pieces.clear();
-    chain::walk(memory, chain, queue_size, |piece, writable| {
+    chain.walk(|piece, writable| {
         if writable {
             return Err(ChainError::WrongDirection);
         }

@@ -63,7 +63,7 @@ impl<'m> Batch<'m> {
                 break;
             };
             let head = chain.head_index();
-            if let Err(mistake) = self.add(chain, queue.size()) {
+            if let Err(mistake) = self.add(chain) {
                 if !self.buffers.is_empty() {
                     // Comes again, as the first: only the last buffers of a batch can go back.
                     chain::put_back(queue, 1);
@@ -137,13 +137,13 @@ impl<'m> Batch<'m> {
     }
 
     /// Splits a chain into room for a header and room for data.
-    fn add(&mut self, chain: Chain<'m>, queue_size: u16) -> Result<(), ChainError> {
+    fn add(&mut self, chain: Chain<'m>) -> Result<(), ChainError> {
         let head = chain.head_index();
         let (headers_start, data_start) = (self.headers.len(), self.data.len());
         let mut missing = HEADER_SIZE;
         let mut room = 0;
         let (headers, data) = (&mut self.headers, &mut self.data);
-        let walked = chain::walk(self.memory, chain, queue_size, |piece, writable| {
+        let walked = chain.walk(|piece, writable| {
             if !writable {
                 return Err(ChainError::WrongDirection);
             }

@@ -1,0 +1,303 @@
+//! The requests that come most often, carried out without the library's server: it would walk the guest's
+//! buffers through several layers, piece by piece, which took as long as all system calls together. The files
+//! themselves are the library's as before, and what is out of the ordinary is left to its server.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use virtiofsd::filesystem::{
+    Context, DirectoryIterator, Entry, Extensions, FileSystem, OpenOptions, SetattrValid,
+    ZeroCopyWriter,
+};
+use virtiofsd::fuse::{Attr, AttrOut, Dirent, EntryOut, OpenOut, SetattrIn};
+use virtiofsd::oslib::ReadvFlags;
+use vm_memory::ByteValued;
+
+use super::request::{Buffers, Pieces, Requests, skip};
+use super::tree::Tree;
+use super::write::{self, WRITE};
+use crate::sys::guest_io;
+use crate::virtio::chain;
+
+/// Bytes of `struct fuse_out_header`: length, error, unique.
+pub(super) const OUT_HEADER: usize = 16;
+/// Longer answers are no Linux's.
+const MOST_ENTRIES: usize = 1 << 20;
+
+const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
+const READLINK: u32 = 5;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const RELEASE: u32 = 18;
+const OPENDIR: u32 = 27;
+const RELEASEDIR: u32 = 29;
+const CREATE: u32 = 35;
+const READDIRPLUS: u32 = 44;
+
+// Flags of these requests (linux/fuse.h).
+const GETATTR_FH: u32 = 1;
+const FATTR_FH: u32 = 1 << 6;
+const READ_LOCKOWNER: u32 = 1 << 1;
+const OPEN_KILL_SUIDGID: u32 = 1;
+const RELEASE_FLUSH: u32 = 1;
+const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
+
+/// Carries the request out that is at hand, and puts the answer together but for data that was read, whose
+/// length is given. `None` leaves it to the library.
+pub(super) fn carry_out(
+    tree: &Tree,
+    requests: &Requests,
+    buffers: &mut Buffers<'_>,
+    answer: &mut Vec<u8>,
+) -> Option<usize> {
+    answer.clear();
+    answer.resize(OUT_HEADER, 0);
+    let mut read = 0;
+    let result = match requests.opcode() {
+        FORGET => {
+            tree.forget(requests.context(), requests.node(), requests.u64_at(0));
+            answer.clear();
+            return Some(0);
+        }
+        READ => self::read(tree, requests, &mut buffers.room).map(|count| read = count),
+        WRITE => {
+            let room = chain::length(&buffers.room);
+            write::carry_out(tree, requests, &buffers.data, room, answer)
+        }
+        _ => Operation {
+            tree,
+            requests,
+            answer,
+        }
+        .carry_out(chain::length(&buffers.room))?,
+    };
+    let error = match result {
+        Ok(()) => 0,
+        Err(error) => {
+            answer.truncate(OUT_HEADER);
+            error.raw_os_error().unwrap_or(libc::EIO)
+        }
+    };
+    finish(answer, read, error, requests.unique());
+    Some(read)
+}
+
+/// Fills an answer's header in; `more` bytes are not part of `answer`.
+pub(super) fn finish(answer: &mut [u8], more: usize, error: i32, unique: [u8; 8]) {
+    let length = u32::try_from(answer.len() + more).unwrap_or(u32::MAX);
+    answer[..4].copy_from_slice(&length.to_le_bytes());
+    answer[4..8].copy_from_slice(&(-error).to_le_bytes());
+    answer[8..OUT_HEADER].copy_from_slice(&unique);
+}
+
+struct Operation<'a> {
+    tree: &'a Tree,
+    requests: &'a Requests,
+    answer: &'a mut Vec<u8>,
+}
+
+impl Operation<'_> {
+    fn carry_out(&mut self, room: usize) -> Option<io::Result<()>> {
+        let (tree, requests, context) = (self.tree, self.requests, self.requests.context());
+        let node = requests.node();
+        Some(match requests.opcode() {
+            LOOKUP => {
+                let name = requests.last_name(0)?;
+                let entry = tree.lookup(context, node, name);
+                entry.map(|entry| self.entry(entry))
+            }
+            GETATTR => {
+                let handle = (requests.u32_at(0) & GETATTR_FH != 0).then(|| requests.u64_at(8));
+                let known = tree.getattr(context, node, handle);
+                known.map(|known| self.attributes(known))
+            }
+            SETATTR => {
+                let mut wanted = SetattrIn::default();
+                let given = requests.body().get(..size_of::<SetattrIn>())?;
+                wanted.as_mut_slice().copy_from_slice(given);
+                let handle = (wanted.valid & FATTR_FH != 0).then_some(wanted.fh);
+                let valid = SetattrValid::from_bits_truncate(wanted.valid);
+                let known = tree.setattr(context, node, wanted, handle, valid);
+                known.map(|known| self.attributes(known))
+            }
+            READLINK => tree
+                .readlink(context, node)
+                .map(|target| self.answer.extend(target)),
+            MKDIR => {
+                let name = requests.last_name(8)?;
+                let (mode, mask) = (requests.u32_at(0), requests.u32_at(4));
+                let entry = tree.mkdir(context, node, name, mode, mask, Extensions::default());
+                entry.map(|entry| self.entry(entry))
+            }
+            UNLINK => tree.unlink(context, node, requests.last_name(0)?),
+            RMDIR => tree.rmdir(context, node, requests.last_name(0)?),
+            OPEN => {
+                let kill = requests.u32_at(4) & OPEN_KILL_SUIDGID != 0;
+                let opened = tree.open(context, node, kill, requests.u32_at(0));
+                opened.map(|opened| self.opened(opened))
+            }
+            OPENDIR => {
+                let opened = tree.opendir(context, node, requests.u32_at(0));
+                opened.map(|opened| self.opened(opened))
+            }
+            RELEASE => {
+                let flags = requests.u32_at(12);
+                let (flush, unlock) = (
+                    flags & RELEASE_FLUSH != 0,
+                    flags & RELEASE_FLOCK_UNLOCK != 0,
+                );
+                let owner = (flush || unlock).then(|| requests.u64_at(16));
+                let (handle, flags) = (requests.u64_at(0), requests.u32_at(8));
+                tree.release(context, node, flags, handle, flush, unlock, owner)
+            }
+            RELEASEDIR => tree.releasedir(context, node, requests.u32_at(8), requests.u64_at(0)),
+            CREATE => {
+                // Extensions may follow, which the library reads.
+                let name = requests.last_name(16)?;
+                let kill = requests.u32_at(12) & OPEN_KILL_SUIDGID != 0;
+                let (flags, mode) = (requests.u32_at(0), requests.u32_at(4));
+                let (mask, none) = (requests.u32_at(8), Extensions::default());
+                let created = tree.create(context, node, name, mode, kill, flags, mask, none);
+                created.map(|(entry, handle, options)| {
+                    self.entry(entry);
+                    self.opened((handle, options));
+                })
+            }
+            READDIRPLUS => self.entries(context, room),
+            _ => return None,
+        })
+    }
+
+    fn entry(&mut self, entry: Entry) {
+        self.answer.extend(EntryOut::from(entry).as_slice());
+    }
+
+    fn attributes(&mut self, (attr, valid): (Attr, std::time::Duration)) {
+        let out = AttrOut {
+            attr_valid: valid.as_secs(),
+            attr_valid_nsec: valid.subsec_nanos(),
+            attr,
+            ..AttrOut::default()
+        };
+        self.answer.extend(out.as_slice());
+    }
+
+    fn opened(&mut self, (handle, options): (Option<u64>, OpenOptions)) {
+        let out = OpenOut {
+            fh: handle.unwrap_or(0),
+            open_flags: options.bits(),
+            ..OpenOut::default()
+        };
+        self.answer.extend(out.as_slice());
+    }
+
+    /// The names in a directory, each with what a lookup of it gives.
+    fn entries(&mut self, context: Context, room: usize) -> io::Result<()> {
+        let (tree, requests, node) = (self.tree, self.requests, self.requests.node());
+        let (handle, offset, size) = (requests.u64_at(0), requests.u64_at(8), requests.u32_at(16));
+        let wanted = usize::try_from(size).unwrap_or(usize::MAX);
+        let end = room.min(OUT_HEADER + wanted.min(MOST_ENTRIES));
+        let mut names = tree.readdir(context, node, handle, size, offset)?;
+        while let Some(found) = names.next() {
+            let name = found.name.to_bytes();
+            let padded = (size_of::<Dirent>() + name.len()).next_multiple_of(8);
+            let place = self.answer.len() + size_of::<EntryOut>() + padded;
+            // Before the lookup, which would have to be taken back.
+            if place > end {
+                break;
+            }
+            let entry = if name == b"." || name == b".." {
+                // No node: the guest knows these two.
+                EntryOut {
+                    attr: Attr {
+                        ino: found.ino,
+                        mode: found.type_ << 12,
+                        ..Attr::default()
+                    },
+                    ..EntryOut::default()
+                }
+            } else {
+                match tree.lookup(context, node, found.name) {
+                    Ok(entry) => entry.into(),
+                    // Gone since.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
+                    // What is told already must reach the guest, which holds a reference to it.
+                    Err(_) if self.answer.len() > OUT_HEADER => break,
+                    Err(error) => return Err(error),
+                }
+            };
+            let dirent = Dirent {
+                ino: found.ino,
+                off: found.offset,
+                namelen: u32::try_from(name.len()).unwrap_or(0),
+                type_: found.type_,
+            };
+            self.answer.extend(entry.as_slice());
+            self.answer.extend(dirent.as_slice());
+            self.answer.extend(name);
+            self.answer.resize(place, 0);
+        }
+        Ok(())
+    }
+}
+
+/// Reads into the guest's buffers, behind the header; gives how much.
+fn read(tree: &Tree, requests: &Requests, room: &mut Pieces<'_>) -> io::Result<usize> {
+    let owner = (requests.u32_at(20) & READ_LOCKOWNER != 0).then(|| requests.u64_at(24));
+    let mut target = Target { room: room.clone() };
+    skip(&mut target.room, OUT_HEADER);
+    tree.read(
+        requests.context(),
+        requests.node(),
+        requests.u64_at(0),
+        &mut target,
+        requests.u32_at(16),
+        requests.u64_at(8),
+        owner,
+        requests.u32_at(32),
+    )
+}
+
+/// Where data goes that is read from a file.
+struct Target<'m> {
+    room: Pieces<'m>,
+}
+
+impl ZeroCopyWriter for &mut Target<'_> {
+    fn read_from_file_at(
+        &mut self,
+        file: &File,
+        count: usize,
+        offset: u64,
+        flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        let flags = flags.map_or(0, |flags| flags.bits());
+        let mut done = 0;
+        let mut left = std::mem::take(&mut self.room);
+        let pieces = chain::shorten(&mut left, count);
+        left.truncate(pieces);
+        while !left.is_empty() {
+            let at = offset.checked_add(done as u64);
+            let at = at.and_then(|at| i64::try_from(at).ok());
+            let at = at.ok_or(io::ErrorKind::InvalidInput)?;
+            match guest_io::read_at(file.as_fd(), &left, at, flags) {
+                Ok(0) => break,
+                Ok(read) => {
+                    done += read;
+                    skip(&mut left, read);
+                }
+                // What was read before counts.
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+}
