@@ -10,6 +10,9 @@ use crate::{layout, sys};
 const HUGE_PAGE: u64 = 2 << 20;
 /// What Linux touches at the top of memory beside its page descriptors.
 const DENSE: u64 = 8 << 20;
+/// Huge pages that our guest's kernel fills while it boots, whatever the size of its memory: where its first
+/// allocations come from. Measured; docs/decisions/0003-guest-memory.md tells how.
+const FILLED: [u64; 4] = [2 << 20, 8 << 20, 10 << 20, 126 << 20];
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +65,25 @@ fn advise(region: &GuestRegionMmap) -> io::Result<()> {
         .min(length);
     choose_pages(region, 0, length - dense, libc::MADV_NOHUGEPAGE);
     choose_pages(region, length - dense, dense, libc::MADV_HUGEPAGE);
+    if region.start_addr().0 == 0 {
+        for start in FILLED {
+            if start + HUGE_PAGE <= length {
+                choose_pages(region, start, HUGE_PAGE, libc::MADV_HUGEPAGE);
+            }
+        }
+    }
     Ok(())
+}
+
+/// The guest will write to all of this: gives it huge pages where it fills them.
+pub fn expect_writes(memory: &GuestMemoryMmap, start: GuestAddress, length: u64) {
+    let first = start.0.next_multiple_of(HUGE_PAGE);
+    let end = (start.0 + length) & !(HUGE_PAGE - 1);
+    if let Some((region, at)) = memory.to_region_addr(GuestAddress(first))
+        && first < end
+    {
+        choose_pages(region, at.0, end - first, libc::MADV_HUGEPAGE);
+    }
 }
 
 /// From now on the guest gets huge pages where it has touched nothing yet: Linux hands its memory out

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
+use crate::sys::guest_io;
 use crate::{layout, memory, sys};
 
 const PAGE: u64 = 4096;
@@ -15,8 +17,9 @@ const PAGE: u64 = 4096;
 const EM_X86_64: u16 = 62;
 /// Segment type: to be loaded.
 const PT_LOAD: u64 = 1;
-/// Segment flag: executable.
+/// Segment flags: executable, writable.
 const PF_X: u64 = 1;
+const PF_W: u64 = 2;
 /// More program headers than any kernel has.
 const MAX_SEGMENTS: u16 = 64;
 
@@ -100,6 +103,7 @@ struct Segment {
     file_size: u64,
     memory_size: u64,
     executable: bool,
+    writable: bool,
 }
 
 impl Kernel {
@@ -153,6 +157,9 @@ impl Kernel {
                     why,
                 });
             }
+        }
+        self.expect_writes(memory);
+        for segment in &self.segments {
             self.load_segment(memory, *segment)
                 .map_err(|source| KernelError::Load {
                     path: self.path.clone(),
@@ -162,14 +169,28 @@ impl Kernel {
         Ok(self.entry)
     }
 
+    /// Linux has its writable segments one after the other.
+    fn expect_writes(&self, memory: &GuestMemoryMmap) {
+        let writable = || self.segments.iter().filter(|segment| segment.writable);
+        let start = writable().map(|segment| segment.address).min();
+        let end = writable().map(|segment| segment.address + segment.memory_size);
+        if let (Some(start), Some(end)) = (start, end.max()) {
+            memory::expect_writes(memory, GuestAddress(start), end - start);
+        }
+    }
+
     /// Maps the whole pages of a segment and copies its ragged ends. The rest, up to
-    /// `memory_size`, is fresh guest memory and so zero.
+    /// `memory_size`, is fresh guest memory and so zero. A segment that the guest writes to is copied whole:
+    /// it writes to nearly all of its pages, each of which would cost a fault to read it and one to write.
     ///
     /// The mapping is private: the guest's writes stay its own, and what it does not write is
     /// shared with every other guest through the page cache. The image must not be cut or
     /// rewritten while guests run, like any program's file.
     fn load_segment(&self, memory: &GuestMemoryMmap, segment: Segment) -> io::Result<()> {
         let end = segment.address + segment.file_size;
+        if segment.writable {
+            return self.copy(memory, segment, segment.address, end);
+        }
         let first = segment.address.next_multiple_of(PAGE);
         let last = end & !(PAGE - 1);
         if segment.offset % PAGE != segment.address % PAGE || first >= last {
@@ -201,17 +222,18 @@ impl Kernel {
         end: u64,
     ) -> io::Result<()> {
         let mut offset = segment.offset + (start - segment.address);
-        let mut address = start;
-        let mut buffer = [0; 1 << 16];
-        while address < end {
-            let left = usize::try_from(end - address).unwrap_or(usize::MAX);
-            let piece = left.min(buffer.len());
-            self.file.read_exact_at(&mut buffer[..piece], offset)?;
-            memory
-                .write_slice(&buffer[..piece], GuestAddress(address))
-                .map_err(io::Error::other)?;
-            address += piece as u64;
-            offset += piece as u64;
+        let length = usize::try_from(end - start).map_err(io::Error::other)?;
+        for piece in memory.get_slices(GuestAddress(start), length) {
+            let mut left = piece.map_err(io::Error::other)?;
+            while !left.is_empty() {
+                let at = i64::try_from(offset).map_err(io::Error::other)?;
+                let read = guest_io::read_at(self.file.as_fd(), &[left], at, 0)?;
+                if read == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                left = left.offset(read).map_err(io::Error::other)?;
+                offset += read as u64;
+            }
         }
         Ok(())
     }
@@ -293,6 +315,7 @@ impl Segment {
             file_size: word(bytes, 32),
             memory_size: word(bytes, 40),
             executable: kind_and_flags >> 32 & PF_X != 0,
+            writable: kind_and_flags >> 32 & PF_W != 0,
         };
         if kind_and_flags & 0xffff_ffff != PT_LOAD || segment.memory_size == 0 {
             return Ok(None);

@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::os::fd::AsRawFd;
 
+use vm_memory::Bytes;
+
 use super::*;
 
 /// An ELF file with one executable segment at `address` that holds `content`, file offset
@@ -64,6 +66,37 @@ fn load_and_compare(offset: usize, address: u64) {
 #[test]
 fn aligned_segments_are_mapped() {
     load_and_compare(4096, 0x20_0000);
+}
+
+#[test]
+fn what_the_guest_writes_to_is_its_own() {
+    let content: Vec<u8> = (1..=251u8).cycle().take(20_000).collect();
+    let mut bytes = image(4096, 0x20_0000, &content, 3 << 20, 0x20_0000);
+    // Readable, writable, executable.
+    bytes[68] = 7;
+    let memory = memory::create(8).expect("memory");
+    open(&bytes).expect("open").load(&memory).expect("load");
+    let mut loaded = vec![1; 30_000];
+    memory
+        .read_slice(&mut loaded, GuestAddress(0x20_0000))
+        .expect("read");
+    assert_eq!(loaded[..20_000], content);
+    assert!(loaded[20_000..].iter().all(|byte| *byte == 0));
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+    let region = memory.iter().next().expect("a region");
+    let start = region.as_ptr() as usize + 0x20_0000;
+    // Nothing of the file lies over it.
+    let holds = |line: &&str| {
+        let range = line
+            .split(' ')
+            .next()
+            .and_then(|range| range.split_once('-'));
+        let (first, end) = range.expect("a range");
+        let number = |text| usize::from_str_radix(text, 16).expect("an address");
+        (number(first)..number(end)).contains(&start)
+    };
+    let line = maps.lines().find(holds).expect("a mapping");
+    assert!(!line.contains("memfd"), "{line}");
 }
 
 #[test]
