@@ -163,9 +163,9 @@ impl Backplane {
             .any(|(queue, _)| device.notified_on_vcpu(queue));
         // Queues that KVM serves by itself are quicker without.
         let port = layout::notify_port(index).filter(|_| on_vcpu).unwrap_or(0);
-        self.registers
-            .page(index)
-            .set(register::NOTIFY_PORT, port.into());
+        let page = self.registers.page(index);
+        page.set(register::NOTIFY_PORT, port.into());
+        page.set(register::KEEPS_USED, 1);
         let transport = MmioTransport::new(device, memory, interrupt, notifications);
         Ok(Box::new(transport))
     }

@@ -2,7 +2,7 @@
 //! 1.2 §4.2.2): interrupt status, configuration and its generation, whether the device is broken.
 //!
 //! The bit for used buffers, once set, may stay set: KVM takes its acknowledgement without us
-//! (`machine::devices`). The bit for the configuration is cleared as the driver asks.
+//! (`machine::devices`), and our guest's kernel gives none ([`register::KEEPS_USED`]). The bit for the configuration is cleared as the driver asks.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

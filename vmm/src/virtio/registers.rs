@@ -42,6 +42,9 @@ pub mod register {
     /// Not virtio's, ours for our guest's kernel (guest-kernel/patches/0007): a port where the driver may
     /// write what it would write to [`QUEUE_NOTIFY`], if not zero. KVM has no instruction to decode then.
     pub const NOTIFY_PORT: u64 = 0xf0;
+    /// Ours as well (guest-kernel/patches/0009): not zero if [`INTERRUPT_STATUS`] never loses the bit for used
+    /// buffers by itself, so that the driver need not acknowledge it.
+    pub const KEEPS_USED: u64 = 0xf4;
     pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
