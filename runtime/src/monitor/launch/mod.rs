@@ -401,9 +401,10 @@ impl Launch<'_, '_> {
             }
             VmEvent::Running { timeline } => {
                 self.timeline.vm_running = Some(Moment::at(timeline.running_us));
-                // While the guest boots.
-                self.enter_cgroup_unless(&hooks::ALL)?;
+                // While the guest boots. Taps first: the engine's cgroup may allow no devices (Podman's of a
+                // pod does not).
                 self.refresh_network()?;
+                self.enter_cgroup_unless(&hooks::ALL)?;
                 Ok(true)
             }
             event => self.on_device_event(&event).map(|()| false),

@@ -8,7 +8,8 @@ use crate::engines::engine::{Engine, IMAGE};
 // Pods with Bulkhead alone: Podman 4.3 without systemd denies all devices to the cgroup of a pod, so
 // that no container of crun or runc starts there.
 super::engine_cases!(pods;
-    [podman vm] without_network, shares_what_podman_shares, with_port, stops_gracefully, stopped_and_started, with_an_init_container;
+    [podman vm quick] with_port;
+    [podman vm] without_network, shares_what_podman_shares, stops_gracefully, stopped_and_started, with_an_init_container;
     [both] processes_of_another, ipc_of_another);
 
 const POD: &str = "made-pod";
