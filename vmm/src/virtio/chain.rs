@@ -1,6 +1,8 @@
 //! Takes descriptor chains from a queue and walks them, checked, as pieces of guest memory. What
 //! the pieces mean is the device's affair.
 
+use std::io;
+
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -205,14 +207,50 @@ pub fn shorten(pieces: &mut [VolatileSlice<'_>], limit: usize) -> usize {
 
 /// Drops the first `count` bytes of a list of pieces.
 pub fn advance(pieces: &mut Vec<VolatileSlice<'_>>, count: usize) {
-    let (whole, left) = split(pieces, count);
+    let whole = pass(pieces, count);
     pieces.drain(..whole);
+}
+
+/// The same in place: gives how many pieces are to be left out.
+pub fn pass(pieces: &mut [VolatileSlice<'_>], count: usize) -> usize {
+    let (whole, left) = split(pieces, count);
     if left > 0
-        && let Some(first) = pieces.first_mut()
+        && let Some(first) = pieces.get_mut(whole)
         && let Ok(rest) = first.offset(left)
     {
         *first = rest;
     }
+    whole
+}
+
+/// Moves `limit` bytes between the pieces and a file from `offset` on, by a system call that may do less;
+/// gives how many it has moved when it ends, or fails.
+pub fn transfer(
+    mut pieces: &mut [VolatileSlice<'_>],
+    limit: usize,
+    offset: u64,
+    mut call: impl FnMut(&[VolatileSlice<'_>], i64) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let count = shorten(pieces, limit);
+    pieces = &mut pieces[..count];
+    let mut done = 0;
+    while !pieces.is_empty() {
+        let at = offset.checked_add(done as u64);
+        let at = at.and_then(|at| i64::try_from(at).ok());
+        let at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        match call(pieces, at) {
+            Ok(0) => break,
+            Ok(moved) => {
+                done += moved;
+                let whole = pass(pieces, moved);
+                pieces = &mut pieces[whole..];
+            }
+            // What was moved before counts.
+            Err(_) if done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
 }
 
 /// Bytes that a list of pieces holds.

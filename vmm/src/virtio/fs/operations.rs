@@ -10,11 +10,14 @@ use virtiofsd::filesystem::{
     Context, DirectoryIterator, Entry, Extensions, FileSystem, OpenOptions, SetattrValid,
     ZeroCopyWriter,
 };
-use virtiofsd::fuse::{Attr, AttrOut, Dirent, EntryOut, OpenOut, SetattrIn};
+use virtiofsd::fuse::{
+    Attr, AttrOut, Dirent, EntryOut, FATTR_FH, GETATTR_FH, OPEN_KILL_SUIDGID, OpenOut,
+    READ_LOCKOWNER, RELEASE_FLOCK_UNLOCK, RELEASE_FLUSH, SetattrIn,
+};
 use virtiofsd::oslib::ReadvFlags;
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, VolatileSlice};
 
-use super::request::{Buffers, Pieces, Requests, skip};
+use super::request::{Buffers, Pieces, Requests};
 use super::tree::Tree;
 use super::write::{self, WRITE};
 use crate::sys::guest_io;
@@ -41,20 +44,12 @@ const RELEASEDIR: u32 = 29;
 const CREATE: u32 = 35;
 const READDIRPLUS: u32 = 44;
 
-// Flags of these requests (linux/fuse.h).
-const GETATTR_FH: u32 = 1;
-const FATTR_FH: u32 = 1 << 6;
-const READ_LOCKOWNER: u32 = 1 << 1;
-const OPEN_KILL_SUIDGID: u32 = 1;
-const RELEASE_FLUSH: u32 = 1;
-const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
-
 /// Carries the request out that is at hand, and puts the answer together but for data that was read, whose
 /// length is given. `None` leaves it to the library.
 pub(super) fn carry_out(
     tree: &Tree,
     requests: &Requests,
-    buffers: &mut Buffers<'_>,
+    buffers: &Buffers<'_>,
     answer: &mut Vec<u8>,
 ) -> Option<usize> {
     answer.clear();
@@ -66,7 +61,7 @@ pub(super) fn carry_out(
             answer.clear();
             return Some(0);
         }
-        READ => self::read(tree, requests, &mut buffers.room).map(|count| read = count),
+        READ => self::read(tree, requests, &buffers.room).map(|count| read = count),
         WRITE => {
             let room = chain::length(&buffers.room);
             write::carry_out(tree, requests, &buffers.data, room, answer)
@@ -249,15 +244,15 @@ impl Operation<'_> {
 }
 
 /// Reads into the guest's buffers, behind the header; gives how much.
-fn read(tree: &Tree, requests: &Requests, room: &mut Pieces<'_>) -> io::Result<usize> {
+fn read(tree: &Tree, requests: &Requests, room: &Pieces<'_>) -> io::Result<usize> {
     let owner = (requests.u32_at(20) & READ_LOCKOWNER != 0).then(|| requests.u64_at(24));
-    let mut target = Target { room: room.clone() };
-    skip(&mut target.room, OUT_HEADER);
+    let mut room = room.clone();
+    let whole = chain::pass(&mut room, OUT_HEADER);
     tree.read(
         requests.context(),
         requests.node(),
         requests.u64_at(0),
-        &mut target,
+        Target(&mut room[whole..]),
         requests.u32_at(16),
         requests.u64_at(8),
         owner,
@@ -266,11 +261,9 @@ fn read(tree: &Tree, requests: &Requests, room: &mut Pieces<'_>) -> io::Result<u
 }
 
 /// Where data goes that is read from a file.
-struct Target<'m> {
-    room: Pieces<'m>,
-}
+struct Target<'a, 'm>(&'a mut [VolatileSlice<'m>]);
 
-impl ZeroCopyWriter for &mut Target<'_> {
+impl ZeroCopyWriter for Target<'_, '_> {
     fn read_from_file_at(
         &mut self,
         file: &File,
@@ -279,25 +272,8 @@ impl ZeroCopyWriter for &mut Target<'_> {
         flags: Option<ReadvFlags>,
     ) -> io::Result<usize> {
         let flags = flags.map_or(0, |flags| flags.bits());
-        let mut done = 0;
-        let mut left = std::mem::take(&mut self.room);
-        let pieces = chain::shorten(&mut left, count);
-        left.truncate(pieces);
-        while !left.is_empty() {
-            let at = offset.checked_add(done as u64);
-            let at = at.and_then(|at| i64::try_from(at).ok());
-            let at = at.ok_or(io::ErrorKind::InvalidInput)?;
-            match guest_io::read_at(file.as_fd(), &left, at, flags) {
-                Ok(0) => break,
-                Ok(read) => {
-                    done += read;
-                    skip(&mut left, read);
-                }
-                // What was read before counts.
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        chain::transfer(self.0, count, offset, |pieces, at| {
+            guest_io::read_at(file.as_fd(), pieces, at, flags)
+        })
     }
 }

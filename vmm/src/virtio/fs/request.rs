@@ -191,22 +191,9 @@ impl Requests {
 }
 
 /// Leaves the first bytes out.
-pub(super) fn skip(pieces: &mut Pieces<'_>, mut bytes: usize) {
-    let whole = pieces.iter().take_while(|piece| {
-        let left_out = piece.len() <= bytes;
-        if left_out {
-            bytes -= piece.len();
-        }
-        left_out
-    });
-    let whole = whole.count();
+fn skip(pieces: &mut Pieces<'_>, bytes: usize) {
+    let whole = chain::pass(pieces, bytes);
     pieces.drain(..whole);
-    if bytes > 0
-        && let Some(first) = pieces.first_mut()
-        && let Ok(rest) = first.offset(bytes)
-    {
-        *first = rest;
-    }
 }
 
 /// Bytes between the header and the first name, and how many names follow.

@@ -170,7 +170,7 @@ impl One<'_> {
     /// Carries out one request of a queue. Requests that the server cannot
     /// read, or must not, get EINVAL, and an error if there is no room for that.
     fn answer(&mut self, by: By<'_>, chain: Chain<'_>, queue: u16) -> Result<Next, HandlerError> {
-        let mut buffers = self.requests.take(chain)?;
+        let buffers = self.requests.take(chain)?;
         let poll = match by {
             By::Device(poll) => Some(poll),
             By::Vcpu if !self.patience.allows(self.tree, self.requests) => return Ok(Next::Left),
@@ -192,7 +192,7 @@ impl One<'_> {
             });
         }
         let details = self.host.before(self.requests);
-        let answered = self.carry_out(&mut buffers);
+        let answered = self.carry_out(&buffers);
         if let Some(details) = details {
             self.host.after(&details);
         }
@@ -214,7 +214,7 @@ impl One<'_> {
     }
 
     /// Makes the answer, but for data that was read; gives how much that is.
-    fn carry_out(&mut self, buffers: &mut Buffers<'_>) -> Result<usize, HandlerError> {
+    fn carry_out(&mut self, buffers: &Buffers<'_>) -> Result<usize, HandlerError> {
         if let Some(read) = operations::carry_out(self.tree, self.requests, buffers, self.answer) {
             return Ok(read);
         }

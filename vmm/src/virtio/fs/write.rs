@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use virtiofsd::filesystem::{FileSystem, ZeroCopyReader};
 use virtiofsd::oslib::WritevFlags;
 
-use super::request::{Pieces, Requests, skip};
+use super::request::{Pieces, Requests};
 use super::tree::Tree;
 use crate::sys::guest_io;
 use crate::virtio::chain;
@@ -168,25 +168,10 @@ impl ZeroCopyReader for Observed<'_, '_> {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let flags = flags.map_or(0, |flags| flags.bits());
-        let mut left = self.data.clone();
-        let pieces = chain::shorten(&mut left, count);
-        left.truncate(pieces);
-        let mut done = 0;
-        while !left.is_empty() {
-            let at = offset.checked_add(done as u64);
-            let at = at.and_then(|at| i64::try_from(at).ok());
-            let at = at.ok_or(io::ErrorKind::InvalidInput)?;
-            match guest_io::write_at(file.as_fd(), &left, at, flags) {
-                Ok(0) => break,
-                Ok(written) => {
-                    done += written;
-                    skip(&mut left, written);
-                }
-                // What was written before counts.
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
-            }
-        }
+        let mut data = self.data.clone();
+        let done = chain::transfer(&mut data, count, offset, |pieces, at| {
+            guest_io::write_at(file.as_fd(), pieces, at, flags)
+        })?;
         self.after = State::of(file);
         Ok(done)
     }
