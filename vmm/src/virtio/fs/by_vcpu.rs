@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::handler::settle;
+use super::operations::{OPEN, READ, SETATTR};
 use super::request::Requests;
 use super::service::{By, Service, Stopped};
 use super::tree::Tree;
@@ -25,10 +26,7 @@ const SLOW: Duration = Duration::from_micros(500);
 const WAIT: u32 = 10;
 const LONGEST_WAIT: Duration = Duration::from_millis(20);
 
-// Operations of FUSE, and bits in their requests.
-const SETATTR: u32 = 4;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
+// Bits in requests.
 const SETATTR_SIZE: u32 = 1 << 3;
 
 thread_local! {

@@ -17,7 +17,7 @@ use virtiofsd::fuse::{
 use virtiofsd::oslib::ReadvFlags;
 use vm_memory::{ByteValued, VolatileSlice};
 
-use super::request::{Buffers, Pieces, Requests};
+use super::request::{Message, Pieces, Requests};
 use super::tree::Tree;
 use super::write::{self, WRITE};
 use crate::sys::guest_io;
@@ -31,13 +31,13 @@ const MOST_ENTRIES: usize = 1 << 20;
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
+pub(super) const SETATTR: u32 = 4;
 const READLINK: u32 = 5;
 const MKDIR: u32 = 9;
 const UNLINK: u32 = 10;
 const RMDIR: u32 = 11;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
+pub(super) const OPEN: u32 = 14;
+pub(super) const READ: u32 = 15;
 const RELEASE: u32 = 18;
 const OPENDIR: u32 = 27;
 const RELEASEDIR: u32 = 29;
@@ -49,7 +49,7 @@ const READDIRPLUS: u32 = 44;
 pub(super) fn carry_out(
     tree: &Tree,
     requests: &Requests,
-    buffers: &Buffers<'_>,
+    message: &Message<'_>,
     answer: &mut Vec<u8>,
 ) -> Option<usize> {
     answer.clear();
@@ -61,17 +61,17 @@ pub(super) fn carry_out(
             answer.clear();
             return Some(0);
         }
-        READ => self::read(tree, requests, &buffers.room).map(|count| read = count),
+        READ => self::read(tree, requests, &message.room).map(|count| read = count),
         WRITE => {
-            let room = chain::length(&buffers.room);
-            write::carry_out(tree, requests, &buffers.data, room, answer)
+            let room = chain::length(&message.room);
+            write::carry_out(tree, requests, &message.data, room, answer)
         }
         _ => Operation {
             tree,
             requests,
             answer,
         }
-        .carry_out(chain::length(&buffers.room))?,
+        .carry_out(chain::length(&message.room))?,
     };
     let error = match result {
         Ok(()) => 0,

@@ -43,7 +43,7 @@ pub(super) struct Details {
 }
 
 /// What of a request stays in the guest's memory.
-pub(super) struct Buffers<'m> {
+pub(super) struct Message<'m> {
     /// What is to be written to a file.
     pub(super) data: Pieces<'m>,
     /// For the answer.
@@ -146,7 +146,7 @@ impl Requests {
     }
 
     /// Copies a request of the guest, each byte once.
-    pub(super) fn take<'m>(&mut self, chain: Chain<'m>) -> Result<Buffers<'m>, ChainError> {
+    pub(super) fn take<'m>(&mut self, chain: Chain<'m>) -> Result<Message<'m>, ChainError> {
         self.copied = 0;
         let (mut data, mut room) = (Pieces::new(), Pieces::new());
         chain.walk(|piece, writable| {
@@ -167,7 +167,7 @@ impl Requests {
             skip(&mut data, more);
             self.copied += more;
         }
-        Ok(Buffers { data, room })
+        Ok(Message { data, room })
     }
 
     /// Whether the request is all there, and every name in it the name of an entry of a directory: no

@@ -11,7 +11,7 @@ use super::by_vcpu::Patience;
 use super::host::{self, HostSide, Outcome, Waiting};
 use super::library::Library;
 use super::operations::{self, OUT_HEADER};
-use super::request::{Buffers, Requests};
+use super::request::{Message, Requests};
 use super::server::FileServer;
 use super::tree::Tree;
 use crate::virtio::chain::{self, Chain, ChainError, QueueError};
@@ -21,6 +21,7 @@ use crate::virtio::{Interrupt, Memory};
 
 /// Requests answered between two looks at other events, such as the one that ends the thread.
 const BUDGET: usize = 256;
+
 /// Shared by the device's thread and those of vCPUs.
 pub(super) type SharedService = Arc<Mutex<Service>>;
 
@@ -167,17 +168,17 @@ struct One<'a> {
 }
 
 impl One<'_> {
-    /// Carries out one request of a queue. Requests that the server cannot
-    /// read, or must not, get EINVAL, and an error if there is no room for that.
+    /// Carries out one request of a queue. Requests that the server cannot read, or must not, get EINVAL,
+    /// and an error if there is no room for that.
     fn answer(&mut self, by: By<'_>, chain: Chain<'_>, queue: u16) -> Result<Next, HandlerError> {
-        let buffers = self.requests.take(chain)?;
+        let message = self.requests.take(chain)?;
         let poll = match by {
             By::Device(poll) => Some(poll),
             By::Vcpu if !self.patience.allows(self.tree, self.requests) => return Ok(Next::Left),
             By::Vcpu => None,
         };
         if !self.requests.is_acceptable() {
-            return self.refuse(&buffers.room);
+            return self.refuse(&message.room);
         }
         if let host::WATCH | host::EVENTS | host::CONNECT = self.requests.opcode() {
             let Some(poll) = poll else {
@@ -192,7 +193,7 @@ impl One<'_> {
             });
         }
         let details = self.host.before(self.requests);
-        let answered = self.carry_out(&buffers);
+        let answered = self.carry_out(&message);
         if let Some(details) = details {
             self.host.after(&details);
         }
@@ -204,21 +205,21 @@ impl One<'_> {
             Err(error) => {
                 // The library's messages are limited in number already.
                 log::warn!("{error}");
-                return self.refuse(&buffers.room);
+                return self.refuse(&message.room);
             }
         };
-        if chain::copy_in(&buffers.room, self.answer) < self.answer.len() {
-            return self.refuse(&buffers.room);
+        if chain::copy_in(&message.room, self.answer) < self.answer.len() {
+            return self.refuse(&message.room);
         }
         Ok(Next::Answered(u32::try_from(self.answer.len() + read)?))
     }
 
     /// Makes the answer, but for data that was read; gives how much that is.
-    fn carry_out(&mut self, buffers: &Buffers<'_>) -> Result<usize, HandlerError> {
-        if let Some(read) = operations::carry_out(self.tree, self.requests, buffers, self.answer) {
+    fn carry_out(&mut self, message: &Message<'_>) -> Result<usize, HandlerError> {
+        if let Some(read) = operations::carry_out(self.tree, self.requests, message, self.answer) {
             return Ok(read);
         }
-        let room = chain::length(&buffers.room);
+        let room = chain::length(&message.room);
         let request = self.requests.bytes();
         self.library
             .answer(self.server, request, room, self.answer)?;
