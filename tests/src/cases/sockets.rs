@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::net::sockopt::socket_peercred;
@@ -132,8 +133,12 @@ fn many_at_once(scene: &Scene) -> Result<()> {
     rustix::net::listen(&listener, 2)?;
     let listener = UnixListener::from(listener);
     thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
+        for (number, stream) in listener.incoming().flatten().enumerate() {
             thread::spawn(move || echo(stream));
+            if number == 0 {
+                // Until all the others have been told to come again.
+                thread::sleep(Duration::from_millis(500));
+            }
         }
     });
     let bundle =
