@@ -5,14 +5,15 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
-use crate::inside::{FILE_CHECKS, MANY};
+use crate::inside::{FILE_CHECKS, HELD, MANY};
 use crate::scene::Scene;
 
 super::cases!(share;
-    common: files_of_a_volume, files_of_the_root, large_directory, changes_of_the_host, two_containers;
+    common: files_of_a_volume, files_of_the_root, large_directory, changes_of_the_host, two_containers,
+        nothing_left_of_unnamed_files;
     vm: );
 
 /// All that the checks do as root.
@@ -129,4 +130,44 @@ fn two_containers(scene: &Scene) -> Result<()> {
     scene.run(&bundle)?.ok()?;
     reading.streams.wait_for("got it\n")?;
     scene.destroy(&reading.id)
+}
+
+/// The space of a file that never had a name is free again when it is closed.
+fn nothing_left_of_unnamed_files(scene: &Scene) -> Result<()> {
+    let data = scene.path("data");
+    fs::create_dir(&data)?;
+    // A file system of this test's own.
+    let free = || -> Result<(u64, u64)> {
+        let known = rustix::fs::statvfs(&data)?;
+        Ok((known.f_bfree * known.f_frsize, known.f_ffree))
+    };
+    let bundle = scene
+        .bundle()?
+        .inside(&["files", "unnamed-held", "/data"])?
+        .bind(&data, "/data", &["rbind"])
+        .bind(&data, "/read-only", &["rbind", "ro"]);
+    let mut holder = scene.create(&bundle)?;
+    let before = free()?;
+    scene.call(&["start", &holder.id])?.ok()?;
+    holder.streams.wait_for("held\n")?;
+    let held = free()?;
+    let taken = before.0.saturating_sub(held.0);
+    ensure!(taken >= HELD as u64, "{taken} bytes are taken");
+    ensure!(fs::read_dir(&data)?.next().is_none(), "it has a name");
+    holder.streams.send(b"close\n")?;
+    holder.streams.wait_for("closed\n")?;
+    // The guest forgets it with one of its next requests.
+    let mut looked = String::from("closed\n");
+    for _ in 0..50 {
+        if free()?.0 >= held.0 + HELD as u64 && free()?.1 > held.1 {
+            return scene.destroy(&holder.id);
+        }
+        looked.push_str("looked\n");
+        holder.streams.send(b"look\n")?;
+        holder.streams.wait_for(&looked)?;
+    }
+    bail!(
+        "of {held:?} free before it was closed, {:?} are now",
+        free()?
+    );
 }

@@ -3,8 +3,10 @@
 
 mod content;
 mod entries;
+mod unnamed;
 
 pub(crate) use entries::MANY;
+pub(crate) use unnamed::HELD;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -17,11 +19,12 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 /// A check.
 type Check = fn(&Path) -> Result<()>;
 
-const CHECKS: [(&str, Check); 18] = [
+const CHECKS: [(&str, Check); 19] = [
     ("locks", content::locks),
     ("open-and-gone", open_and_gone),
     ("renames", renames),
-    ("unnamed", content::unnamed),
+    ("without-name", unnamed::without_name),
+    ("named-later", unnamed::named_later),
     ("links", entries::links),
     ("attributes", entries::attributes),
     ("access-lists", entries::access_lists),
@@ -39,8 +42,8 @@ const CHECKS: [(&str, Check); 18] = [
 ];
 
 /// The names of all checks.
-pub(crate) const NAMES: [&str; 18] = {
-    let mut names = [""; 18];
+pub(crate) const NAMES: [&str; 19] = {
+    let mut names = [""; 19];
     let mut index = 0;
     while index < names.len() {
         names[index] = CHECKS[index].0;
@@ -54,6 +57,9 @@ pub(super) fn check(name: &str, path: &Path) -> Result<()> {
     // Becomes the other process of the checks that need one.
     if let Some(held) = name.strip_prefix("try-lock-") {
         return content::try_lock(held, path);
+    }
+    if name == "unnamed-held" {
+        return unnamed::held(path);
     }
     if name == "large-directory" {
         return entries::large(path);

@@ -6,7 +6,7 @@ mod load;
 mod sockets;
 mod watching;
 
-pub(crate) use files::{MANY, NAMES as FILE_CHECKS};
+pub(crate) use files::{HELD, MANY, NAMES as FILE_CHECKS};
 pub(crate) use watching::LAST;
 
 use std::path::Path;

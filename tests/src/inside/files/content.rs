@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
-use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
 use super::{create, expect};
 use crate::sys::{LockOf, Mapped, lock};
@@ -205,23 +205,6 @@ pub(super) fn direct(directory: &Path) -> Result<()> {
         buffer[4095..4097] == [3, 4],
         "written otherwise, read directly"
     );
-    Ok(())
-}
-
-/// Files without a name, where the file system has them.
-pub(super) fn unnamed(directory: &Path) -> Result<()> {
-    let flags = OFlags::RDWR | OFlags::TMPFILE;
-    match rustix::fs::open(directory, flags, Mode::from(0o600)) {
-        Ok(fd) => {
-            let mut file = File::from(fd);
-            file.write_all(b"x")?;
-            ensure!(file.metadata()?.nlink() == 0, "links");
-        }
-        // What programs go by to make one with a name.
-        Err(rustix::io::Errno::OPNOTSUPP) => println!("no unnamed files"),
-        Err(error) => return Err(error.into()),
-    }
-    ensure!(fs::read_dir(directory)?.count() == 0, "something is left");
     Ok(())
 }
 

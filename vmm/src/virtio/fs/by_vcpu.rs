@@ -136,8 +136,8 @@ impl Patience {
             READ | WRITE => requests.u32_at(16) <= MOST_BYTES,
             // LOOKUP, GETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, STATFS,
             // RELEASE, extended attributes, OPENDIR, READDIR, RELEASEDIR, ACCESS, CREATE, READDIRPLUS,
-            // RENAME2, LSEEK. Not those that wait for a disk or begin and end all.
-            1 | 3 | 5 | 6 | 8..=13 | 17 | 18 | 21..=24 | 27..=29 | 34 | 35 | 44..=46 => true,
+            // RENAME2, LSEEK, TMPFILE. Not those that wait for a disk or begin and end all.
+            1 | 3 | 5 | 6 | 8..=13 | 17 | 18 | 21..=24 | 27..=29 | 34 | 35 | 44..=46 | 51 => true,
             _ => false,
         }
     }

@@ -3,6 +3,7 @@
 //!
 //! - `server`: the file server and its settings; `tree`: its files; `request`: requests in private memory
 //! - `operations`: those that come most often, and `write`; `library`: all others
+//! - `unnamed`: files without a name, and what is done with them (`unnamed_file`)
 //! - `service`: the queues' requests; `handler`: the device's thread; `by_vcpu`: those of vCPUs
 //! - `host`: what goes beyond FUSE: `changes` of watched files, `sockets` of the host
 //! - `device`: the device as its transport sees it; `log`: the library's messages
@@ -22,6 +23,8 @@ mod sockets;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod unnamed;
+mod unnamed_file;
 mod write;
 
 pub use device::{Filesystem, FilesystemError};

@@ -19,6 +19,7 @@ use vm_memory::{ByteValued, VolatileSlice};
 
 use super::request::{Message, Pieces, Requests};
 use super::tree::Tree;
+use super::unnamed;
 use super::write::{self, WRITE};
 use crate::sys::guest_io;
 use crate::virtio::chain;
@@ -43,6 +44,7 @@ const OPENDIR: u32 = 27;
 const RELEASEDIR: u32 = 29;
 const CREATE: u32 = 35;
 const READDIRPLUS: u32 = 44;
+const TMPFILE: u32 = 51;
 
 /// Carries the request out that is at hand, and puts the answer together but for data that was read, whose
 /// length is given. `None` leaves it to the library.
@@ -165,9 +167,28 @@ impl Operation<'_> {
                     self.opened((handle, options));
                 })
             }
+            TMPFILE => self.create_unnamed(),
             READDIRPLUS => self.entries(context, room),
             _ => return None,
         })
+    }
+
+    /// As CREATE, but that the name is no name. It ends the request: no extensions are agreed on.
+    fn create_unnamed(&mut self) -> io::Result<()> {
+        let requests = self.requests;
+        if requests.last_name(16).is_none() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let request = unnamed::Request {
+            context: requests.context(),
+            flags: requests.u32_at(0),
+            mode: requests.u32_at(4),
+            mask: requests.u32_at(8),
+        };
+        let (entry, handle, options) = self.tree.create_unnamed(requests.node(), &request)?;
+        self.entry(entry);
+        self.opened((handle, options));
+        Ok(())
     }
 
     fn entry(&mut self, entry: Entry) {

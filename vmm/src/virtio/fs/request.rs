@@ -208,7 +208,7 @@ fn names(opcode: u32) -> (usize, usize) {
         // RENAME, RENAME2
         12 => (8, 2),
         45 => (16, 2),
-        // No names, or ones that no system call takes for a path (TMPFILE, extended attributes).
+        // No names, or ones that no system call takes for a path (extended attributes; that of TMPFILE is none).
         _ => (0, 0),
     }
 }

@@ -19,6 +19,7 @@ use virtiofsd::server::Server;
 
 use super::host::HostSide;
 use super::tree::Tree;
+use super::unnamed::UnnamedFiles;
 use crate::virtio::host_connections::HostConnections;
 
 /// How long the guest may believe what it knows of a name or an inode. What the host changes is
@@ -32,6 +33,8 @@ const FILES_AT_ONCE: i32 = 4096;
 const MOST_FILES: u64 = 1 << 20;
 /// Descriptors that the guest may always have.
 const LEAST_FILES: u64 = 1024;
+/// Descriptors of files without a name, of those that the guest may have.
+const MOST_UNNAMED: u64 = 8192;
 /// More than any snapshot of a server's state has a use for.
 const MOST_STATE: u64 = 256 << 20;
 
@@ -59,17 +62,23 @@ pub(super) fn new(share: Share) -> io::Result<(FileServer, Tree, HostSide)> {
     })?;
     make_room_for_files(&share.proc_self_fd)?;
     let descriptors = share.proc_self_fd.try_clone()?;
+    let available = open_files().saturating_sub(RESERVED_FILES);
+    let unnamed = (available / 8).min(MOST_UNNAMED);
+    let unnamed_files = UnnamedFiles::new(
+        descriptors.try_clone()?,
+        usize::try_from(unnamed).unwrap_or(0),
+    );
     let config = Config {
         root_dir,
         proc_sfd_rawfd: Some(share.proc_self_fd),
-        guest_fd_limit: open_files().saturating_sub(RESERVED_FILES).max(LEAST_FILES),
+        guest_fd_limit: (available - unnamed).max(LEAST_FILES),
         ..settings()
     };
     // The library clears the mask of the whole process: only the server's thread shall have that.
     let mask = umask(Mode::empty());
     let files = PassthroughFs::new(config);
     umask(mask);
-    let tree = Tree::new(files?);
+    let tree = Tree::new(files?, unnamed_files, VALIDITY);
     let host = HostSide::new(tree.clone(), descriptors, share.connections);
     Ok((Server::new(tree.clone()), tree, host))
 }

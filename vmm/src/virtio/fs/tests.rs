@@ -2,6 +2,7 @@
 
 mod by_vcpu;
 mod host;
+mod unnamed;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
