@@ -1,9 +1,10 @@
 //! The crate's only unsafe code: mappings laid over guest memory, memory slots, fork, the signal
-//! that brings a vCPU out of the guest, the ioctls of taps.
+//! that brings a vCPU out of the guest, the ioctls of taps, leases on files.
 #![allow(unsafe_code)]
 
 pub(crate) mod guest_io;
 pub(crate) mod held;
+pub(crate) mod lease;
 pub(crate) mod tun;
 
 use std::fs::File;

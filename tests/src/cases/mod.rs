@@ -30,6 +30,7 @@ mod update;
 mod vm;
 mod volumes;
 pub(crate) mod workloads;
+mod writes;
 
 use std::time::Duration;
 
@@ -86,6 +87,7 @@ pub(crate) fn all() -> Vec<Case> {
         volumes::cases(),
         sockets::cases(),
         share::cases(),
+        writes::cases(),
         inotify::cases(),
         block::cases(),
         host::cases(),

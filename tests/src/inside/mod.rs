@@ -5,9 +5,11 @@ mod files;
 mod load;
 mod sockets;
 mod watching;
+mod writing;
 
 pub(crate) use files::{HELD, MANY, NAMES as FILE_CHECKS};
 pub(crate) use watching::LAST;
+pub(crate) use writing::{digest, pages};
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -56,6 +58,8 @@ fn perform(args: &[String]) -> Result<()> {
         ["watch", paths @ ..] => watching::watch(paths),
         ["watch-own-changes", path] => watching::own_changes(Path::new(path)),
         ["watch-many", path, count] => watching::many(Path::new(path), count.parse()?),
+        ["write", path] => writing::obey(Path::new(path)),
+        ["write-randomly", path, seed] => writing::random(Path::new(path), seed.parse()?),
         _ => bail!("{args:?} is nothing that this program does in a container"),
     }
 }

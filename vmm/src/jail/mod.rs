@@ -43,7 +43,7 @@ pub const SOCKETS: &str = "/sockets";
 
 /// What virtio-fs needs to act for the guest's users on the host's files: owners and modes of
 /// files (CHOWN, FOWNER, FSETID), access as any user (SETUID, SETGID, DAC_OVERRIDE), devices and
-/// file capabilities that a guest makes (MKNOD, SETFCAP).
+/// file capabilities that a guest makes (MKNOD, SETFCAP), files that it has for itself (LEASE).
 const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -51,6 +51,7 @@ const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::LEASE)
     .union(CapabilitySet::SETFCAP);
 
 /// Why the jail could not be built.

@@ -73,6 +73,8 @@ pub struct FilesystemState {
     pub server: Vec<u8>,
     /// What the guest watches (inotify): nodes of the server with masks.
     pub watches: Vec<(u64, u32)>,
+    /// Files that the guest had for itself, so that it may know better than the host what is in them.
+    pub delegated: Vec<u64>,
 }
 
 /// Why state could not be taken or put back.

@@ -12,6 +12,7 @@ use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use rustix::io::Errno;
 use tracing::warn;
 
+use super::delegations::RECALL;
 use super::request::Details;
 use super::sockets::in_directory;
 use super::tree::Tree;
@@ -242,9 +243,17 @@ impl Changes {
     }
 
     /// Takes as many events as fit into so many bytes, as the guest's kernel reads them: node,
-    /// mask, cookie, length of the name, padding, and the name filled up to eight bytes.
-    pub(super) fn fetch(&mut self, room: usize) -> Vec<u8> {
+    /// mask, cookie, length of the name, padding, and the name filled up to eight bytes. Files that the guest has
+    /// to return come first.
+    pub(super) fn fetch(&mut self, mut recalls: impl Iterator<Item = u64>, room: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
+        while bytes.len() + EVENT_HEADER <= room
+            && let Some(node) = recalls.next()
+        {
+            bytes.extend(node.to_le_bytes());
+            bytes.extend(RECALL.to_le_bytes());
+            bytes.resize(bytes.len() + EVENT_HEADER - 12, 0);
+        }
         while let Some(event) = self.events.front() {
             let name = event.name.as_deref().map_or(&[][..], CStr::to_bytes);
             let filled = name.len().next_multiple_of(8);

@@ -207,6 +207,11 @@ impl VirtioDevice for Filesystem {
                 .as_ref()
                 .map(HostSide::watches)
                 .unwrap_or_default(),
+            delegated: self
+                .host
+                .as_ref()
+                .map(HostSide::delegated)
+                .unwrap_or_default(),
         }))
     }
 
@@ -228,7 +233,7 @@ impl VirtioDevice for Filesystem {
             source,
         })?;
         if let Some(host) = &mut self.host {
-            host.restore(state.watches);
+            host.restore(state.watches, state.delegated);
         }
         self.keep_state = true;
         Ok(())

@@ -3,8 +3,10 @@
 use std::io;
 
 use rustix::fs::Mode;
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::delegations;
 use super::host;
 use super::service::{By, SharedService, Stopped};
 use crate::sys::leave_shared_fs_attributes;
@@ -33,10 +35,16 @@ impl Handler for FilesystemHandler {
         if !self.settled {
             settle()?;
             self.settled = true;
-            service.host.settle(poll)?;
+            let memory = service.memory.clone();
+            let size = memory.iter().map(GuestMemoryRegion::len).sum();
+            service.host.settle(poll, size)?;
         }
         if token == host::CHANGES {
             service.host.collect();
+        } else if token == delegations::ASKED {
+            service.tree.delegations().asked();
+        } else if token == delegations::OVERDUE {
+            service.tree.delegations().overdue();
         } else {
             let index = u16::try_from(token)?;
             match service.serve(By::Device(poll), index) {

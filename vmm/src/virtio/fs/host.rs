@@ -25,6 +25,9 @@ pub(super) const EVENTS: u32 = 0x4248_0002;
 /// Connects to the socket of this name in a directory; the answer is a mark, padding.
 pub(super) const CONNECT: u32 = 0x4248_0003;
 
+/// The guest returns a file that it had for itself.
+pub(super) const RETURN: u32 = 0x4248_0004;
+
 const INIT: u32 = 26;
 const DESTROY: u32 = 38;
 
@@ -85,6 +88,7 @@ impl HostSide {
         self.cancelled = false;
         self.registered = false;
         self.restored.clear();
+        self.tree.delegations().clear();
     }
 
     /// For a saved state.
@@ -92,9 +96,15 @@ impl HostSide {
         self.changes.list()
     }
 
+    /// For a saved state: files that the guest has for itself.
+    pub(super) fn delegated(&self) -> Vec<u64> {
+        self.tree.delegations().list()
+    }
+
     /// From a saved state.
-    pub(super) fn restore(&mut self, watches: Vec<(u64, u32)>) {
+    pub(super) fn restore(&mut self, watches: Vec<(u64, u32)>, delegated: Vec<u64>) {
         self.restored = watches;
+        self.tree.delegations().recall(delegated);
     }
 
     /// A thread begins to serve.
@@ -115,7 +125,8 @@ impl HostSide {
 
     /// On the thread that serves, before the first request: takes up the watches of a state that
     /// was restored. A file that is gone is no longer watched.
-    pub(super) fn settle(&mut self, poll: &Poll) -> io::Result<()> {
+    pub(super) fn settle(&mut self, poll: &Poll, guest_memory: u64) -> io::Result<()> {
+        self.tree.delegations().listen(poll, guest_memory)?;
         for (node, mask) in std::mem::take(&mut self.restored) {
             let descriptors = self.descriptors.as_fd();
             let _ = self.changes.watch(&self.tree, descriptors, node, mask);
@@ -161,6 +172,10 @@ impl HostSide {
         let answer = match requests.opcode() {
             WATCH => self.watch(poll, requests),
             CONNECT => self.connect(requests),
+            RETURN => {
+                self.tree.delegations().returned(requests.node());
+                Ok(Vec::new())
+            }
             _ if requests.u32_at(0) != 0 => {
                 self.cancelled = true;
                 Ok(Vec::new())
@@ -200,7 +215,7 @@ impl HostSide {
 
     /// The request that waits for events, if it can be answered now.
     pub(super) fn answerable(&mut self) -> Option<Waiting> {
-        if self.cancelled || self.changes.has_events() {
+        if self.cancelled || self.changes.has_events() || self.tree.delegations().has_recalls() {
             return self.waiting.take();
         }
         None
@@ -221,7 +236,9 @@ impl HostSide {
             Err(Errno::NODEV.into())
         } else {
             let room = waiting.buffers.length().saturating_sub(OUT_HEADER);
-            Ok(self.changes.fetch(room))
+            let mut delegations = self.tree.delegations();
+            let recalls = std::iter::from_fn(|| delegations.next_recall());
+            Ok(self.changes.fetch(recalls, room))
         };
         waiting.buffers.answer(memory, waiting.unique, answer)
     }

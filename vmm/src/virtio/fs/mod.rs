@@ -10,6 +10,7 @@
 
 mod by_vcpu;
 mod changes;
+mod delegations;
 mod device;
 mod handler;
 mod host;

@@ -180,7 +180,7 @@ impl One<'_> {
         if !self.requests.is_acceptable() {
             return self.refuse(&message.room);
         }
-        if let host::WATCH | host::EVENTS | host::CONNECT = self.requests.opcode() {
+        if let host::WATCH | host::EVENTS | host::CONNECT | host::RETURN = self.requests.opcode() {
             let Some(poll) = poll else {
                 return Ok(Next::Left);
             };

@@ -1,6 +1,7 @@
 //! The device against a driver that speaks FUSE as far as the tests need it.
 
 mod by_vcpu;
+mod delegations;
 mod host;
 mod unnamed;
 
@@ -539,6 +540,7 @@ fn nonsense_is_no_state() {
             tag: "share".into(),
             server,
             watches: Vec::new(),
+            delegated: Vec::new(),
         };
         assert!(device.restore(DeviceState::Filesystem(state)).is_err());
     }

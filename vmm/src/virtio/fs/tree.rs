@@ -7,8 +7,8 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rustix::fs::OFlags;
@@ -18,8 +18,10 @@ use virtiofsd::fuse::{ATTR_SUBMOUNT, Attr};
 use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
+use super::delegations::Delegations;
 use super::unnamed::{self, Handle, Place, UnnamedFiles};
 use super::unnamed_file::Opened;
+use crate::threads::locked;
 
 /// The file system.
 #[derive(Clone)]
@@ -30,6 +32,7 @@ pub(super) struct Tree {
     validity: Duration,
     /// Something that is shared lies on a file system that is not local.
     far: Arc<AtomicBool>,
+    delegations: Arc<Mutex<Delegations>>,
 }
 
 impl Tree {
@@ -39,11 +42,61 @@ impl Tree {
             unnamed: Arc::new(unnamed),
             validity,
             far: Arc::default(),
+            delegations: Arc::default(),
+        }
+    }
+
+    /// Files that the guest has for itself.
+    pub(super) fn delegations(&self) -> MutexGuard<'_, Delegations> {
+        locked(&self.delegations)
+    }
+
+    /// Opens a file for the guest. Who has it for itself is asked for it by that, but not waited for: the guest
+    /// tries again (guest-kernel/patches/0011). What is opened for writing is opened for reading as well, if that
+    /// may be: the guest may have to read what it writes a part of.
+    fn open_with<T>(flags: u32, open: impl Fn(u32) -> io::Result<T>) -> io::Result<T> {
+        let [access, write_only, both] =
+            [libc::O_ACCMODE, libc::O_WRONLY, libc::O_RDWR].map(i32::unsigned_abs);
+        let flags = flags | libc::O_NONBLOCK.unsigned_abs();
+        if flags & access == write_only {
+            match open(flags & !access | both) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                opened => return opened,
+            }
+        }
+        open(flags)
+    }
+
+    /// To be called before a node is opened for the server's own use, which would wait for the guest if that has
+    /// the file for itself, by this node or by another one.
+    fn make_way(&self, node: u64) {
+        let mut delegations = self.delegations();
+        delegations.take_back(node);
+        if !delegations.are_given() {
+            return;
+        }
+        let Ok(Place::Library(node)) = self.unnamed.place(node) else {
+            return;
+        };
+        let context = of_this_process();
+        let flags = (libc::O_RDWR | libc::O_NONBLOCK).unsigned_abs();
+        match self.files.open(context, node, false, flags) {
+            Ok((Some(handle), _)) => {
+                // Fails for handles that are not there.
+                let _ = self
+                    .files
+                    .release(context, node, 0, handle, false, false, None);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                delegations.take_back_wanted();
+            }
+            _ => {}
         }
     }
 
     /// Opens a node that the guest knows for reading; files and directories only.
     pub(super) fn open_node(&self, node: u64) -> io::Result<OwnedFd> {
+        self.make_way(node);
         let context = of_this_process();
         let node = match self.unnamed.place(node)? {
             Place::Library(node) => node,

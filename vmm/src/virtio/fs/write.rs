@@ -1,10 +1,11 @@
 //! A write, whose answer tells the guest's kernel more than FUSE does, where there is room: how large the file
 //! was, and when it was changed last, before and after. So the kernel can tell its own
-//! writes from those of others and keeps what it knows of the file (guest-kernel/patches/0006).
+//! writes from those of others and keeps what it knows of the file (guest-kernel/patches/0006). The answer may
+//! also give the file to the guest alone (`delegations`).
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use virtiofsd::filesystem::{FileSystem, ZeroCopyReader};
 use virtiofsd::oslib::WritevFlags;
@@ -25,6 +26,9 @@ const MOST: u32 = 1 << 20;
 const DELAYED: u32 = 1;
 const LOCK_OWNER: u32 = 2;
 const KILL_PRIVILEGES: u32 = 4;
+/// Flags of a file whose writes must not wait in the guest.
+const IMMEDIATE: u32 =
+    (libc::O_APPEND | libc::O_DIRECT | libc::O_DSYNC | libc::O_SYNC).unsigned_abs();
 
 /// Carries the request out that is at hand; adds the answer's body to `answer`, which there is so much room
 /// for in all.
@@ -35,9 +39,19 @@ pub(super) fn carry_out(
     room: usize,
     answer: &mut Vec<u8>,
 ) -> io::Result<()> {
-    let (count, observed) = observe(tree, requests, data)?;
     let plain = answer.len() + PLAIN;
-    observed.tell(u32::try_from(count).unwrap_or(u32::MAX), answer);
+    let (node, handle) = (requests.node(), requests.u64_at(0));
+    let immediate = requests.u32_at(32) & IMMEDIATE != 0;
+    let offerable = room >= plain + MORE && !immediate;
+    let offered = offerable && tree.delegations().counts(handle);
+    let (count, mut observed) = observe(tree, requests, data, offered)?;
+    let mut delegations = tree.delegations();
+    let given = match observed.file.take() {
+        Some(file) => delegations.offer(node, handle, file),
+        None => offerable && delegations.has(handle),
+    };
+    drop(delegations);
+    observed.tell(u32::try_from(count).unwrap_or(u32::MAX), given, answer);
     // Not all writes of Linux want to know more.
     if room < answer.len() {
         answer.truncate(plain);
@@ -50,6 +64,7 @@ fn observe<'a, 'm>(
     tree: &Tree,
     requests: &Requests,
     data: &'a Pieces<'m>,
+    offered: bool,
 ) -> io::Result<(usize, Observed<'a, 'm>)> {
     let (size, write_flags) = (requests.u32_at(16), requests.u32_at(20));
     if size > MOST {
@@ -57,7 +72,7 @@ fn observe<'a, 'm>(
     }
     let kill_privileges = write_flags & KILL_PRIVILEGES != 0;
     let append = requests.u32_at(32) & libc::O_APPEND.unsigned_abs() != 0;
-    let mut observed = Observed::new(data, kill_privileges && !append);
+    let mut observed = Observed::new(data, kill_privileges && !append, offered);
     if observed.spares_privileged {
         // To give up a capability takes longer than to write, and hardly a file needs that.
         let written = write(tree, requests, &mut observed, false);
@@ -65,7 +80,7 @@ fn observe<'a, 'm>(
             return Ok((written?, observed));
         }
         // It is one, or has become one meanwhile: then the same again has no other effect.
-        observed = Observed::new(data, false);
+        observed = Observed::new(data, false, offered);
     }
     let count = write(tree, requests, &mut observed, kill_privileges)?;
     Ok((count, observed))
@@ -99,6 +114,10 @@ struct Observed<'a, 'm> {
     after: Option<State>,
     /// A file with set-user-id or set-group-id bits is not written to.
     spares_privileged: bool,
+    /// The file is to be offered to the guest.
+    offered: bool,
+    /// Then another descriptor of it.
+    file: Option<OwnedFd>,
 }
 
 #[derive(Clone, Copy)]
@@ -121,12 +140,14 @@ impl State {
 }
 
 impl<'a, 'm> Observed<'a, 'm> {
-    fn new(data: &'a Pieces<'m>, spares_privileged: bool) -> Self {
+    fn new(data: &'a Pieces<'m>, spares_privileged: bool, offered: bool) -> Self {
         Self {
             data,
             before: None,
             after: None,
             spares_privileged,
+            offered,
+            file: None,
         }
     }
 
@@ -137,9 +158,10 @@ impl<'a, 'm> Observed<'a, 'm> {
     }
 
     /// Puts the answer's body together.
-    fn tell(&self, count: u32, answer: &mut Vec<u8>) {
+    fn tell(&self, count: u32, given: bool, answer: &mut Vec<u8>) {
         let mut body = [0; PLAIN + MORE];
         body[..4].copy_from_slice(&count.to_le_bytes());
+        body[4..8].copy_from_slice(&u32::from(given).to_le_bytes());
         let (Some(before), Some(after)) = (self.before, self.after) else {
             answer.extend(&body[..PLAIN]);
             return;
@@ -173,6 +195,10 @@ impl ZeroCopyReader for Observed<'_, '_> {
             guest_io::write_at(file.as_fd(), pieces, at, flags)
         })?;
         self.after = State::of(file);
+        if self.offered {
+            // Without a descriptor to spare there is no offer.
+            self.file = file.as_fd().try_clone_to_owned().ok();
+        }
         Ok(done)
     }
 }

@@ -43,7 +43,8 @@ impl FileSystem for Tree {
     ) -> io::Result<(Option<u64>, OpenOptions)> {
         match self.unnamed.place(inode)? {
             Place::Library(node) => {
-                let (handle, options) = self.files.open(ctx, node, kill_priv, flags)?;
+                let open = |flags| self.files.open(ctx, node, kill_priv, flags);
+                let (handle, options) = Self::open_with(flags, open)?;
                 Ok((handle, self.with_flushing(options, node, handle, flags)))
             }
             Place::Unnamed(file) => {
@@ -64,10 +65,11 @@ impl FileSystem for Tree {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
-        let created = self
-            .files
-            .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions);
-        let (entry, handle, options) = created?;
+        let (entry, handle, options) = Self::open_with(flags, |flags| {
+            let extensions = extensions.clone();
+            self.files
+                .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
+        })?;
         let options = self.with_flushing(options, entry.inode, handle, flags);
         Ok((self.as_known(ctx, entry), handle, options))
     }
@@ -145,6 +147,9 @@ impl FileSystem for Tree {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
+        if handle.is_none() && valid.contains(SetattrValid::SIZE) {
+            self.make_way(inode);
+        }
         match self.unnamed.place(inode)? {
             Place::Library(node) => {
                 let handle = handle.filter(|handle| !unnamed::is_ours(*handle));
@@ -176,6 +181,8 @@ impl FileSystem for Tree {
         }
     }
 
+    // The library opens the file for these.
+
     fn setxattr(
         &self,
         ctx: Context,
@@ -185,6 +192,7 @@ impl FileSystem for Tree {
         flags: u32,
         extra: SetxattrFlags,
     ) -> io::Result<()> {
+        self.make_way(inode);
         match self.unnamed.place(inode)? {
             Place::Library(node) => self.files.setxattr(ctx, node, name, value, flags, extra),
             Place::Unnamed(file) => file.set_attribute(name, value, flags, extra),
@@ -198,6 +206,7 @@ impl FileSystem for Tree {
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
+        self.make_way(inode);
         match self.unnamed.place(inode)? {
             Place::Library(node) => self.files.getxattr(ctx, node, name, size),
             Place::Unnamed(file) => file.attribute(name, size),
@@ -205,6 +214,7 @@ impl FileSystem for Tree {
     }
 
     fn listxattr(&self, ctx: Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.make_way(inode);
         match self.unnamed.place(inode)? {
             Place::Library(node) => self.files.listxattr(ctx, node, size),
             Place::Unnamed(file) => file.attribute_names(size),
@@ -212,6 +222,7 @@ impl FileSystem for Tree {
     }
 
     fn removexattr(&self, ctx: Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.make_way(inode);
         match self.unnamed.place(inode)? {
             Place::Library(node) => self.files.removexattr(ctx, node, name),
             Place::Unnamed(file) => file.remove_attribute(name),
@@ -317,6 +328,7 @@ impl FileSystem for Tree {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
+        self.delegations().closed(handle);
         if self.unnamed.release(inode, handle) {
             return Ok(());
         }
