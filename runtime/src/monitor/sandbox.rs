@@ -124,6 +124,9 @@ impl Sandbox<'_> {
             let error = crate::error::chain(&error);
             tracing::warn!("the container's disks are left as by a power failure: {error}");
         }
+        if let Some(network) = self.network.own() {
+            network.expect_no_more();
+        }
         match self.vm.stop() {
             Ok(Stop::Ended) => {}
             Ok(Stop::Shared) => self.leave(),

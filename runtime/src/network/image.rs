@@ -24,7 +24,7 @@ use super::{
     resolver,
     routes::mac_text,
     scan::{self, Link, View},
-    tap::{self, Tap},
+    tap::{self, Blanks, Tap},
 };
 use crate::{
     agent::rpc::{CallId, RpcClient, RpcError},
@@ -53,6 +53,8 @@ struct Interface {
     name: String,
     tie: Tie,
     tap: u32,
+    /// The tap, if it is to be given back when the VMM has let it go.
+    lent: Option<Tap>,
     /// The largest MTU that the guest's device can have.
     largest_mtu: u16,
     /// The tap's.
@@ -79,6 +81,7 @@ pub struct Network<'a> {
     /// As it was at the last look, if there was one.
     view: Option<View>,
     interfaces: Vec<Interface>,
+    blanks: Blanks,
     /// How many interfaces there have ever been.
     count: u64,
     /// Whether the guest's questions to a name server are passed on.
@@ -106,6 +109,7 @@ impl<'a> Network<'a> {
             changes,
             view: None,
             interfaces: Vec::new(),
+            blanks: Blanks::open(),
             count: 0,
             resolves: false,
             said: BTreeSet::new(),
@@ -306,13 +310,17 @@ impl<'a> Network<'a> {
             name: link.name.clone(),
             tie,
             tap: 0,
+            lent: None,
             largest_mtu: link.mtu,
             mtu: link.mtu,
             admits_answers: false,
             stage: Stage::Refused,
         });
-        let tap = Tap::make(&mut self.netlink, link.mtu)?;
-        tie.make(&mut self.netlink, tap.index)?;
+        let tap = Tap::make(&mut self.netlink, &mut self.blanks, link.mtu)?;
+        if let Err(error) = tie.make(&mut self.netlink, tap.index) {
+            self.blanks.take_back(&mut self.netlink, tap);
+            return Err(error);
+        }
         let Some(interface) = self.interfaces.last_mut() else {
             return Ok(());
         };
@@ -325,8 +333,15 @@ impl<'a> Network<'a> {
             },
             &[tap.descriptor.as_fd()],
         )?;
+        interface.lent = tap.of_blank.then_some(tap);
         interface.stage = Stage::Attaching;
         Ok(())
+    }
+
+    /// No interface is to come any more. To be told before the VM ends: the host's kernel then takes
+    /// the VMM's network namespace apart, and to close a descriptor of /dev/net/tun needs the same lock.
+    pub fn expect_no_more(&mut self) {
+        self.blanks.close();
     }
 
     /// Has the VMM let all interfaces go, which the agent has done before: for a VM that goes on
@@ -376,12 +391,17 @@ impl<'a> Network<'a> {
                     interface: interface.name.clone(),
                     message: message.clone(),
                 };
-                let tie = interface.tie;
+                let (tie, lent) = (interface.tie, interface.lent.take());
                 tie.undo(&mut self.netlink)?;
+                if let Some(tap) = lent {
+                    self.blanks.take_back(&mut self.netlink, tap);
+                }
                 return Err(problem);
             }
             _ => {
-                self.interfaces.remove(place);
+                if let Some(tap) = self.interfaces.remove(place).lent {
+                    self.blanks.take_back(&mut self.netlink, tap);
+                }
             }
         }
         Ok(())

@@ -21,6 +21,7 @@ use super::{
     namespace::{Namespace, NamespaceError},
     netlink::{Changes, Netlink},
     redirect, scan,
+    tap::{Blanks, Tap},
 };
 use crate::{
     state::{Container, ProcessIdentity, Record, StateRoot},
@@ -364,6 +365,24 @@ fn an_interface_comes_changes_and_goes() {
         network.on_set(request, true, &mut vm).unwrap();
         assert_eq!(vm.commands.len(), before + 2);
         shell("ip link add eth0 type veth peer name far");
+    });
+}
+
+#[test]
+fn a_blank_serves_again_and_again() {
+    in_namespace("a_blank_serves_again_and_again", "true", |_| {
+        let mut netlink = Netlink::open().unwrap();
+        let mut blanks = Blanks::open();
+        let mut descriptor = blanks.take().unwrap();
+        while blanks.take().is_some() {}
+        for _ in 0..3 {
+            let tap = Tap::of(descriptor, true, &mut netlink, 1400).unwrap();
+            assert!(output("ip -o link").contains("bhtap0"));
+            blanks.take_back(&mut netlink, tap);
+            assert!(!output("ip -o link").contains("bhtap"));
+            descriptor = blanks.take().unwrap();
+            assert!(blanks.take().is_none());
+        }
     });
 }
 

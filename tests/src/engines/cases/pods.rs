@@ -4,12 +4,13 @@
 use anyhow::{Result, ensure};
 
 use crate::engines::engine::{Engine, IMAGE};
+use crate::process::Process;
 
 // Pods with Bulkhead alone: Podman 4.3 without systemd denies all devices to the cgroup of a pod, so
 // that no container of crun or runc starts there.
 super::engine_cases!(pods;
-    [podman vm quick] with_port;
-    [podman vm] without_network, shares_what_podman_shares, stops_gracefully, stopped_and_started, with_an_init_container;
+    [podman vm quick] with_port, connected_without_devices;
+    [podman vm] without_network, connected_later, shares_what_podman_shares, stops_gracefully, stopped_and_started, with_an_init_container;
     [both] processes_of_another, ipc_of_another);
 
 const POD: &str = "made-pod";
@@ -80,6 +81,109 @@ fn with_port(engine: &Engine) -> Result<()> {
         .ok()?
         .says(&["from the pod"])?;
     remove(engine)
+}
+
+/// A server on a network of its own; gives its address there.
+fn serve_on(engine: &Engine, network: &str) -> Result<String> {
+    engine.call(&["network", "create", network])?.ok()?;
+    let web = "echo from elsewhere >/tmp/index.html; echo ready; exec httpd -f -p 80 -h /tmp";
+    let run = ["run", "--detach", "--name", "made-server", "--network"];
+    let command = [network, IMAGE, "sh", "-c", web];
+    engine.call(&[&run[..], &command].concat())?.ok()?;
+    engine.wait_for_log("made-server", "ready")?;
+    let template = format!("{{{{(index .NetworkSettings.Networks \"{network}\").IPAddress}}}}");
+    engine.field("made-server", &template)
+}
+
+/// Waits in a container until eth1 has an address, and speaks with the server over it.
+fn expect_connected(engine: &Engine, name: &str, server: &str) -> Result<()> {
+    // The host would route from one bridge to the other, too.
+    let script = format!(
+        "i=0; until ip -4 -o addr show dev eth1 2>/dev/null | grep inet || [ $i = 100 ]; do i=$((i+1)); sleep 0.1; done; \
+         ip route get {server}; timeout 5 wget -qO- http://{server}/"
+    );
+    let output = engine.exec(name, &script)?.ok()?;
+    output.says(&["inet ", "dev eth1", "from elsewhere"])?;
+    Ok(())
+}
+
+/// Waits in a container until eth1 is gone, and in the host's namespace of it until its tap is; eth0 stays.
+fn expect_disconnected(engine: &Engine, name: &str, pid: &str) -> Result<()> {
+    let mut taps = std::process::Command::new("nsenter");
+    let script = "i=0; until [ $(ip -o link | grep -c bhtap) = 1 ] || [ $i = 100 ]; do i=$((i+1)); sleep 0.1; done; ip -o link";
+    taps.args(["--net", "--target", pid, "sh", "-c", script]);
+    let taps = Process::spawn(taps)?.finish()?.ok()?;
+    let count = taps.text().matches("bhtap").count();
+    ensure!(count == 1, "{count} taps: {taps}");
+    let script = "i=0; while [ -e /sys/class/net/eth1 ] && [ $i != 100 ]; do i=$((i+1)); sleep 0.1; done; ls /sys/class/net";
+    let found = engine.exec(name, script)?.ok()?.text();
+    let found: Vec<_> = found.split_whitespace().collect();
+    ensure!(found == ["eth0", "lo"], "{found:?}");
+    Ok(())
+}
+
+/// A pod's network is that of the container that Podman makes for it: Podman connects no other.
+fn connected_later(engine: &Engine) -> Result<()> {
+    engine.call(&["network", "create", "made-first"])?.ok()?;
+    let server = serve_on(engine, "made-later")?;
+    create(engine, &["--network", "made-first"])?;
+    start(engine, "made-one", &[], "echo ready; sleep 1000")?;
+    start(engine, "made-two", &[], "echo ready; sleep 1000")?;
+    let of_a_member = ["network", "connect", "made-later", "made-one"];
+    let why = engine.call(&of_a_member)?.fails()?;
+    ensure!(why.contains("invalid network mode"), "{why}");
+    let pod = ["pod", "inspect", "--format", "{{.InfraContainerID}}", POD];
+    let infra = engine.call(&pod)?.ok()?.text();
+    let pid = engine.field(infra.trim(), "{{.State.Pid}}")?;
+    let connect = ["network", "connect", "made-later", infra.trim()];
+    engine.call(&connect)?.ok()?;
+    expect_connected(engine, "made-one", &server)?;
+    expect_connected(engine, "made-two", &server)?;
+    let disconnect = ["network", "disconnect", "made-later", infra.trim()];
+    engine.call(&disconnect)?.ok()?;
+    expect_disconnected(engine, "made-one", &pid)?;
+    // Once more; and it ends with both.
+    engine.call(&connect)?.ok()?;
+    expect_connected(engine, "made-two", &server)?;
+    remove(engine)?;
+    engine.remove(&["made-server"])?;
+    engine
+        .call(&["network", "rm", "made-first", "made-later"])?
+        .ok()?;
+    Ok(())
+}
+
+/// A container of no pod in a cgroup that allows no devices: that of a pod.
+fn connected_without_devices(engine: &Engine) -> Result<()> {
+    engine.call(&["network", "create", "made-first"])?.ok()?;
+    let server = serve_on(engine, "made-later")?;
+    create(engine, &["--network", "none"])?;
+    let pod = ["pod", "inspect", "--format", "{{.CgroupPath}}", POD];
+    let cgroup = engine.call(&pod)?.ok()?.text();
+    ensure!(
+        cgroup.contains("libpod"),
+        "the pod has the cgroup {cgroup:?}"
+    );
+    let run = ["run", "--detach", "--name", "made-one", "--cgroup-parent"];
+    let options = [cgroup.trim(), "--network", "made-first"];
+    let command = [IMAGE, "sh", "-c", "echo ready; sleep 1000"];
+    engine
+        .call(&[&run[..], &options, &command].concat())?
+        .ok()?;
+    engine.wait_for_log("made-one", "ready")?;
+    let connect = ["network", "connect", "made-later", "made-one"];
+    engine.call(&connect)?.ok()?;
+    expect_connected(engine, "made-one", &server)?;
+    let disconnect = ["network", "disconnect", "made-later", "made-one"];
+    engine.call(&disconnect)?.ok()?;
+    let pid = engine.field("made-one", "{{.State.Pid}}")?;
+    expect_disconnected(engine, "made-one", &pid)?;
+    engine.remove(&["made-one", "made-server"])?;
+    remove(engine)?;
+    engine
+        .call(&["network", "rm", "made-first", "made-later"])?
+        .ok()?;
+    Ok(())
 }
 
 /// Podman stops all containers of a pod at once, and the one that holds the namespaces ends first.
