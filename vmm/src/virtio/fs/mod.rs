@@ -17,6 +17,7 @@ mod host;
 mod library;
 mod log;
 mod operations;
+mod recent;
 mod request;
 mod server;
 mod service;

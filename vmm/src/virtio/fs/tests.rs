@@ -3,6 +3,7 @@
 mod by_vcpu;
 mod delegations;
 mod host;
+mod recent;
 mod unnamed;
 
 use std::fs::{File, OpenOptions};

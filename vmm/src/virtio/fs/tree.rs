@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags};
 use rustix::io::fcntl_dupfd_cloexec;
 use virtiofsd::filesystem::{Context, Entry, FileSystem, OpenOptions, ZeroCopyWriter};
 use virtiofsd::fuse::{ATTR_SUBMOUNT, Attr};
@@ -19,6 +19,7 @@ use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
 use super::delegations::Delegations;
+use super::recent::Recent;
 use super::unnamed::{self, Handle, Place, UnnamedFiles};
 use super::unnamed_file::Opened;
 use crate::threads::locked;
@@ -33,6 +34,7 @@ pub(super) struct Tree {
     /// Something that is shared lies on a file system that is not local.
     far: Arc<AtomicBool>,
     delegations: Arc<Mutex<Delegations>>,
+    recent: Arc<Mutex<Recent>>,
 }
 
 impl Tree {
@@ -43,12 +45,39 @@ impl Tree {
             validity,
             far: Arc::default(),
             delegations: Arc::default(),
+            recent: Arc::default(),
         }
     }
 
     /// Files that the guest has for itself.
     pub(super) fn delegations(&self) -> MutexGuard<'_, Delegations> {
         locked(&self.delegations)
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        locked(&self.recent)
+    }
+
+    /// Removes a name. The library looks at it first, for the sake of a snapshot that is being taken at the same
+    /// time, which is never so here.
+    fn remove(&self, context: Context, parent: u64, name: &CStr, flags: AtFlags) -> io::Result<()> {
+        let known = self.recent().directory(parent);
+        let directory = match known {
+            Some(directory) => directory,
+            None => match self.open_node(parent) {
+                Ok(directory) => {
+                    let directory = Arc::new(directory);
+                    self.recent().keep_directory(parent, directory.clone());
+                    directory
+                }
+                // It may be written to, but not read.
+                Err(_) if flags.contains(AtFlags::REMOVEDIR) => {
+                    return self.files.rmdir(context, parent, name);
+                }
+                Err(_) => return self.files.unlink(context, parent, name),
+            },
+        };
+        Ok(rustix::fs::unlinkat(&directory, name, flags)?)
     }
 
     /// Opens a file for the guest. Who has it for itself is asked for it by that, but not waited for: the guest
@@ -187,6 +216,13 @@ impl Tree {
                 // d_mark_tmpfile() of the host's kernel
                 name.to_bytes() == format!("#{}", known.ino).as_bytes()
             })
+    }
+
+    /// A handle that may serve to change the file's attributes.
+    fn note_opened(&self, node: u64, handle: Option<u64>, flags: u32) {
+        if let Some(handle) = handle.filter(|_| !is_read_only(flags)) {
+            self.recent().opened(node, handle);
+        }
     }
 
     /// Spares the guest a request at each close where it can tell nothing: of files that are only

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use rustix::fs::AtFlags;
 use rustix::io::Errno;
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
@@ -17,7 +18,7 @@ use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
 
 use super::super::unnamed::{self, Handle, Place};
-use super::Tree;
+use super::{Tree, is_read_only};
 
 /// Methods that pass on to the library: each with the names of its arguments.
 macro_rules! pass_on {
@@ -45,6 +46,7 @@ impl FileSystem for Tree {
             Place::Library(node) => {
                 let open = |flags| self.files.open(ctx, node, kill_priv, flags);
                 let (handle, options) = Self::open_with(flags, open)?;
+                self.note_opened(inode, handle, flags);
                 Ok((handle, self.with_flushing(options, node, handle, flags)))
             }
             Place::Unnamed(file) => {
@@ -70,8 +72,19 @@ impl FileSystem for Tree {
             self.files
                 .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
         })?;
-        let options = self.with_flushing(options, entry.inode, handle, flags);
-        Ok((self.as_known(ctx, entry), handle, options))
+        // What is made in a directory is on its file system; what was there before may be a mount.
+        let is_new = flags & libc::O_EXCL.unsigned_abs() != 0;
+        let options = if is_new && self.recent().is_local(parent) {
+            options | OpenOptions::NOFLUSH
+        } else {
+            self.with_flushing(options, entry.inode, handle, flags)
+        };
+        if is_new && options.contains(OpenOptions::NOFLUSH) && !is_read_only(flags) {
+            self.recent().note_local(parent);
+        }
+        let entry = self.as_known(ctx, entry);
+        self.note_opened(entry.inode, handle, flags);
+        Ok((entry, handle, options))
     }
 
     /// Files are made as the user who asks, whom the guest has judged. It may know of capabilities that
@@ -80,6 +93,7 @@ impl FileSystem for Tree {
     /// supplementary groups.
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.unnamed.clear();
+        self.recent().clear();
         self.files
             .init(capable.difference(FsOptions::CREATE_SUPP_GROUP))
     }
@@ -92,19 +106,22 @@ impl FileSystem for Tree {
 
     fn destroy(&self) {
         self.unnamed.clear();
+        self.recent().clear();
         self.files.destroy();
     }
 
     fn forget(&self, ctx: Context, inode: u64, count: u64) {
+        self.recent().forgotten(inode);
         if let Some((node, count)) = self.unnamed.forget(inode, count) {
             self.files.forget(ctx, node, count);
         }
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(u64, u64)>) {
-        let told = requests
-            .into_iter()
-            .filter_map(|(inode, count)| self.unnamed.forget(inode, count));
+        let told = requests.into_iter().filter_map(|(inode, count)| {
+            self.recent().forgotten(inode);
+            self.unnamed.forget(inode, count)
+        });
         self.files.batch_forget(ctx, told.collect());
     }
 
@@ -152,7 +169,9 @@ impl FileSystem for Tree {
         }
         match self.unnamed.place(inode)? {
             Place::Library(node) => {
-                let handle = handle.filter(|handle| !unnamed::is_ours(*handle));
+                let handle = handle
+                    .filter(|handle| !unnamed::is_ours(*handle))
+                    .or_else(|| self.recent().handle(inode));
                 self.files.setattr(ctx, node, attr, handle, valid)
             }
             Place::Unnamed(file) => {
@@ -329,6 +348,7 @@ impl FileSystem for Tree {
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
         self.delegations().closed(handle);
+        self.recent().closed(handle);
         if self.unnamed.release(inode, handle) {
             return Ok(());
         }
@@ -371,13 +391,19 @@ impl FileSystem for Tree {
         )?)
     }
 
+    fn unlink(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.remove(ctx, parent, name, AtFlags::empty())
+    }
+
+    fn rmdir(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.remove(ctx, parent, name, AtFlags::REMOVEDIR)
+    }
+
     pass_on! {
         readlink(&self, ctx: Context, inode: u64) -> io::Result<Vec<u8>>;
         symlink(&self, ctx: Context, target: &CStr, parent: u64, name: &CStr, extensions: Extensions) -> io::Result<Entry>;
         mknod(&self, ctx: Context, parent: u64, name: &CStr, mode: u32, rdev: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
         mkdir(&self, ctx: Context, parent: u64, name: &CStr, mode: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
-        unlink(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()>;
-        rmdir(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()>;
         rename(&self, ctx: Context, old: u64, old_name: &CStr, new: u64, new_name: &CStr, flags: u32) -> io::Result<()>;
         opendir(&self, ctx: Context, inode: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)>;
         readdir(&self, ctx: Context, inode: u64, handle: u64, size: u32, offset: u64) -> io::Result<Self::DirIter>;
