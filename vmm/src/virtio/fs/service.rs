@@ -115,6 +115,13 @@ impl Service {
             };
             // At once: the guest waits for this, and the next may take long.
             self.used(index, head, written)?;
+            // A guest that waits has mostly sent one: spares a look for the next.
+            if let By::Vcpu = by {
+                let (memory, queue) = (&*self.memory, &mut self.queues[usize::from(index)]);
+                if !queue.enable_notification(memory).map_err(broken)? {
+                    return Ok(Stopped::Empty);
+                }
+            }
         }
         Ok(Stopped::More)
     }
