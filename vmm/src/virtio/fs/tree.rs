@@ -86,6 +86,8 @@ impl Tree {
     fn open_with<T>(flags: u32, open: impl Fn(u32) -> io::Result<T>) -> io::Result<T> {
         let [access, write_only, both] =
             [libc::O_ACCMODE, libc::O_WRONLY, libc::O_RDWR].map(i32::unsigned_abs);
+        // Of a directory, O_TMPFILE would make the library's open a new file.
+        let flags = flags & !(libc::O_TMPFILE & !libc::O_DIRECTORY).unsigned_abs();
         let flags = flags | libc::O_NONBLOCK.unsigned_abs();
         if flags & access == write_only {
             match open(flags & !access | both) {

@@ -361,3 +361,10 @@ fn their_number_is_limited() {
     assert!(files.release(first.node, first.handle));
     make().expect("third");
 }
+
+#[test]
+fn a_directory_is_not_opened_so() {
+    let mut guest = Guest::mounted();
+    let opened = guest.open(ROOT, libc::O_TMPFILE | libc::O_RDWR);
+    assert_eq!(opened, Err(libc::EISDIR));
+}
