@@ -3,14 +3,16 @@
 //! opens such a file waits, the guest is asked for it, writes back what it has, and returns it.
 //! docs/decisions/0010 has the reasons.
 
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
 use rustix::fs::{OFlags, fcntl_getfl, fstatvfs};
 use rustix::thread::{Pid, gettid};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use tracing::warn;
 
 use crate::sys::lease::{self, Asked};
@@ -31,10 +33,7 @@ const WRITES_AFTER_REFUSAL: u32 = 1000;
 /// Files whose writes are counted.
 const CANDIDATES: usize = 8;
 /// How long others wait for a guest to return a file.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
+const PATIENCE: Duration = Duration::from_secs(1);
 /// What must be free where the file lies, besides a quarter of the guest's memory: that nothing is left of the
 /// disk is told at `close` or `fsync`, not at `write`.
 const FREE: u64 = 64 << 20;
@@ -50,7 +49,8 @@ struct Delegation {
     handle: u64,
     /// Another descriptor of the handle's file.
     file: OwnedFd,
-    recalled: bool,
+    /// When it is overdue, once somebody wants it.
+    due: Option<Instant>,
 }
 
 impl Drop for Delegation {
@@ -171,7 +171,7 @@ impl Delegations {
             node,
             handle,
             file,
-            recalled: false,
+            due: None,
         });
         true
     }
@@ -227,44 +227,56 @@ impl Delegations {
             return;
         };
         listening.asked.clear();
-        let waits = |given: &[Delegation]| given.iter().any(|given| given.recalled);
-        let timed = waits(&self.given);
         for given in &mut self.given {
-            if !given.recalled && lease::is_wanted(given.file.as_fd()) {
-                given.recalled = true;
+            if given.due.is_none() && lease::is_wanted(given.file.as_fd()) {
+                given.due = Some(Instant::now() + PATIENCE);
                 self.recalls.push(given.node);
             }
         }
-        if timed || !waits(&self.given) {
-            return;
-        }
-        let none = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let once = Itimerspec {
-            it_interval: none,
-            it_value: PATIENCE,
-        };
-        let set = timerfd_settime(&listening.timer, TimerfdTimerFlags::empty(), &once);
-        if let Err(error) = set {
-            // Then the kernel's own patience ends the wait (/proc/sys/fs/lease-break-time).
-            warn!(%error, "cannot limit how long others wait for a file of the guest");
-        }
+        self.wait_for_next();
     }
 
-    /// The guest has not returned what it was asked for.
+    /// Some file is overdue.
     pub(super) fn overdue(&mut self) {
         if let Some(listening) = &self.listening {
             // Fails if it was set anew meanwhile.
             let _ = rustix::io::read(&listening.timer, &mut [0; 8]);
         }
-        let before = self.given.len();
-        self.given.retain(|given| !given.recalled);
+        let (before, now) = (self.given.len(), Instant::now());
+        self.given
+            .retain(|given| given.due.is_none_or(|due| due > now));
         if self.given.len() < before {
             warn!(
                 "others have opened a file that the guest has not returned in time: they may not see what it wrote last"
             );
+        }
+        self.wait_for_next();
+    }
+
+    /// Sets the timer for the file that is overdue first.
+    fn wait_for_next(&self) {
+        let next = self.given.iter().filter_map(|given| given.due).min();
+        let (Some(next), Some(listening)) = (next, &self.listening) else {
+            return;
+        };
+        // Nothing at all would stop it.
+        let left = next
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_nanos(1));
+        let once = Itimerspec {
+            it_interval: Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: Timespec {
+                tv_sec: left.as_secs().cast_signed(),
+                tv_nsec: left.subsec_nanos().into(),
+            },
+        };
+        let set = timerfd_settime(&listening.timer, TimerfdTimerFlags::empty(), &once);
+        if let Err(error) = set {
+            // Then the kernel's own patience ends the wait (/proc/sys/fs/lease-break-time).
+            warn!(%error, "cannot limit how long others wait for a file of the guest");
         }
     }
 

@@ -145,6 +145,23 @@ fn others_do_not_wait_for_ever() {
 }
 
 #[test]
+fn each_file_has_its_own_second() {
+    let mut guest = Guest::mounted();
+    let (first, handle) = guest.file("first", libc::O_RDWR);
+    assert!(guest.is_offered(first, handle));
+    let (second, handle) = guest.file("second", libc::O_RDWR);
+    assert!(guest.is_offered(second, handle));
+    let first_opened = guest.others_open("first");
+    assert_eq!(guest.recalls(), [first]);
+    thread::sleep(Duration::from_millis(500));
+    let begun = Instant::now();
+    let second_opened = guest.others_open("second");
+    first_opened.recv_timeout(DEADLINE).expect("opened");
+    second_opened.recv_timeout(DEADLINE).expect("opened");
+    assert!(begun.elapsed() >= Duration::from_millis(900));
+}
+
+#[test]
 fn the_guest_does_not_wait_for_itself() {
     let mut guest = Guest::mounted();
     let (node, handle) = guest.file("file", libc::O_RDWR);
@@ -182,13 +199,7 @@ fn a_guest_that_is_restored_returns_what_it_had() {
     let mut guest = Guest::mounted();
     let (node, handle) = guest.file("file", libc::O_RDWR);
     assert!(guest.is_offered(node, handle));
-    let queues = guest.device.deactivate();
-    let state = guest.device.save().expect("save");
-    let mut other = Filesystem::new("share", share(&guest.directory)).expect("device");
-    other.restore(state).expect("restore");
-    let activation = guest.driver.again(other.features(), queues);
-    guest.device = other;
-    guest.device.activate(activation).expect("activate");
+    guest.restore();
     assert_eq!(guest.recalls(), [node]);
     assert!(!guest.is_given("file"));
 }

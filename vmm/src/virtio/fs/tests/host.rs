@@ -122,13 +122,7 @@ fn watches_survive_a_restore() {
     fs::create_dir(guest.path("dir")).expect("mkdir");
     let dir = guest.lookup(ROOT, "dir").expect("lookup");
     guest.watch(dir, CREATED).expect("watch");
-    let queues = guest.device.deactivate();
-    let state = guest.device.save().expect("save");
-    let mut other = Filesystem::new("share", share(&guest.directory)).expect("device");
-    other.restore(state).expect("restore");
-    let activation = guest.driver.again(other.features(), queues);
-    guest.device = other;
-    guest.device.activate(activation).expect("activate");
+    guest.restore();
     // Any request: watches are taken up before the first.
     guest.ask(GETATTR, dir, &[0; 16]).expect("getattr");
     fs::write(guest.path("dir/new"), "").expect("write");
