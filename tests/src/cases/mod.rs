@@ -6,6 +6,7 @@ mod block;
 mod broken_host;
 mod config;
 mod crash;
+mod creations;
 mod events;
 mod exec;
 mod hooks;
@@ -88,6 +89,7 @@ pub(crate) fn all() -> Vec<Case> {
         sockets::cases(),
         share::cases(),
         writes::cases(),
+        creations::cases(),
         inotify::cases(),
         block::cases(),
         host::cases(),

@@ -3,11 +3,13 @@
 
 mod files;
 mod load;
+mod making;
 mod sockets;
 mod watching;
 mod writing;
 
 pub(crate) use files::{HELD, MANY, NAMES as FILE_CHECKS};
+pub(crate) use making::{check_many, parts};
 pub(crate) use watching::LAST;
 pub(crate) use writing::{digest, pages};
 
@@ -58,6 +60,7 @@ fn perform(args: &[String]) -> Result<()> {
         ["watch", paths @ ..] => watching::watch(paths),
         ["watch-own-changes", path] => watching::own_changes(Path::new(path)),
         ["watch-many", path, count] => watching::many(Path::new(path), count.parse()?),
+        ["make", path] => making::obey(Path::new(path)),
         ["write", path] => writing::obey(Path::new(path)),
         ["write-randomly", path, seed] => writing::random(Path::new(path), seed.parse()?),
         _ => bail!("{args:?} is nothing that this program does in a container"),

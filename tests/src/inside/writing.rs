@@ -65,7 +65,9 @@ pub(super) fn random(path: &Path, seed: u64) -> Result<()> {
             .truncate(false)
             .open(path)?)
     };
-    let mut file = open(false)?;
+    // Nobody else has it then: it is the guest's from the beginning.
+    let mut options = OpenOptions::new();
+    let mut file = options.read(true).write(true).create_new(true).open(path)?;
     let mut readable = true;
     for step in 0..STEPS {
         match random.u32(..100) {

@@ -5,10 +5,12 @@ use std::io;
 
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
 };
+
+use super::ring;
 
 /// Bytes of a descriptor (virtio 1.2 §2.7.5).
 const DESCRIPTOR_SIZE: usize = 16;
@@ -64,8 +66,7 @@ pub fn next<'m>(
     queue: &mut Queue,
     memory: &'m GuestMemoryMmap,
 ) -> Result<Option<Chain<'m>>, virtio_queue::Error> {
-    let head = queue.iter(memory)?.next().map(|chain| chain.head_index());
-    Ok(head.map(|head| Chain {
+    Ok(ring::next(queue, memory)?.map(|head| Chain {
         memory,
         table: GuestAddress(queue.desc_table()),
         size: queue.size(),
@@ -163,7 +164,7 @@ fn table(
 }
 
 /// Memory that lies in one region: quicker to find than any.
-fn one_piece(
+pub(super) fn one_piece(
     memory: &GuestMemoryMmap,
     address: GuestAddress,
     bytes: usize,

@@ -17,6 +17,7 @@ pub mod net;
 pub mod queue;
 pub mod rate_limit;
 pub mod registers;
+mod ring;
 pub mod rng;
 pub mod state;
 #[cfg(test)]

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::finish::FINISH;
 use super::handler::settle;
+use super::host::RETURN;
 use super::operations::{OPEN, READ, SETATTR};
 use super::request::Requests;
 use super::service::{By, Service, Stopped};
@@ -134,10 +136,24 @@ impl Patience {
             SETATTR => requests.u32_at(0) & SETATTR_SIZE == 0 || freed(),
             OPEN => requests.u32_at(0) & libc::O_TRUNC.unsigned_abs() == 0 || freed(),
             READ | WRITE => requests.u32_at(16) <= MOST_BYTES,
+            FINISH => requests.u32_at(44) <= MOST_BYTES,
             // LOOKUP, GETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, STATFS,
             // RELEASE, extended attributes, OPENDIR, READDIR, RELEASEDIR, ACCESS, CREATE, READDIRPLUS,
             // RENAME2, LSEEK, TMPFILE. Not those that wait for a disk or begin and end all.
-            1 | 3 | 5 | 6 | 8..=13 | 17 | 18 | 21..=24 | 27..=29 | 34 | 35 | 44..=46 | 51 => true,
+            1
+            | 3
+            | 5
+            | 6
+            | 8..=13
+            | 17
+            | 18
+            | 21..=24
+            | 27..=29
+            | 34
+            | 35
+            | 44..=46
+            | 51
+            | RETURN => true,
             _ => false,
         }
     }

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use super::delegations::RECALL;
+use super::finish::FINISH;
 use super::request::Details;
 use super::sockets::in_directory;
 use super::tree::Tree;
@@ -302,7 +303,7 @@ fn is_of(event: &Event, tree: &Tree, request: &Details) -> bool {
 pub(super) fn caused_by(opcode: u32) -> u32 {
     match opcode {
         // SETATTR, OPEN (which may truncate)
-        4 | 14 => ATTRIB | MODIFY | CLOSE_WRITE,
+        4 | 14 | FINISH => ATTRIB | MODIFY | CLOSE_WRITE,
         // SYMLINK, MKNOD, MKDIR, LINK
         6 | 8 | 9 | 13 => CREATE | ATTRIB,
         // CREATE

@@ -4,7 +4,7 @@
 //! docs/decisions/0010 has the reasons.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_getfl, fstatvfs};
@@ -37,6 +37,10 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// What must be free where the file lies, besides a quarter of the guest's memory: that nothing is left of the
 /// disk is told at `close` or `fsync`, not at `write`.
 const FREE: u64 = 64 << 20;
+/// Of those, files that were given when they were made: most are closed soon.
+const MOST_NEW: usize = 32;
+/// For so long it is believed that there is enough free: more than the guest writes meanwhile is.
+const FREE_FOR: Duration = Duration::from_millis(10);
 /// Files opened with these are written at once.
 const AT_ONCE: OFlags = OFlags::APPEND
     .union(OFlags::DSYNC)
@@ -44,18 +48,33 @@ const AT_ONCE: OFlags = OFlags::APPEND
     .union(OFlags::DIRECT);
 
 #[derive(Debug)]
-struct Delegation {
+pub(super) struct Delegation {
     node: u64,
     handle: u64,
     /// Another descriptor of the handle's file.
     file: OwnedFd,
     /// When it is overdue, once somebody wants it.
     due: Option<Instant>,
+    /// It is closed, which ends the lease.
+    closed: bool,
+}
+
+impl Delegation {
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Every other descriptor of it is closed.
+    pub(super) fn end_with_file(mut self) {
+        self.closed = true;
+    }
 }
 
 impl Drop for Delegation {
     fn drop(&mut self) {
-        lease::give_back(self.file.as_fd());
+        if !self.closed {
+            lease::give_back(self.file.as_fd());
+        }
     }
 }
 
@@ -65,6 +84,16 @@ struct Candidate {
     handle: u64,
     /// Writes until it is offered.
     left: u32,
+}
+
+/// The guest has to read what it writes a part of, and some files are to be written at once.
+fn is_fit(file: &OwnedFd) -> bool {
+    fcntl_getfl(file).is_ok_and(|flags| flags & OFlags::ACCMODE == OFlags::RDWR && may_wait(flags))
+}
+
+/// Whether writes to a file that was opened so may wait.
+pub(super) fn may_wait(flags: OFlags) -> bool {
+    flags & OFlags::ACCMODE != OFlags::RDONLY && !flags.intersects(AT_ONCE)
 }
 
 /// All of them.
@@ -78,6 +107,8 @@ pub(super) struct Delegations {
     recalls: Vec<u64>,
     listening: Option<Listening>,
     guest_memory: u64,
+    /// A directory where files are made, and until when enough is free there.
+    free: Option<(u64, Instant)>,
 }
 
 /// The thread that hears of those who want a file.
@@ -116,6 +147,7 @@ impl Delegations {
         self.given.clear();
         self.candidates = Default::default();
         self.recalls.clear();
+        self.free = None;
     }
 
     /// Nodes that the guest has, for a saved state.
@@ -161,10 +193,30 @@ impl Delegations {
         if let Some(candidate) = self.candidate(handle) {
             candidate.left = WRITES_AFTER_REFUSAL;
         }
+        is_fit(&file) && self.has_room(&file) && self.lend(node, handle, file)
+    }
+
+    /// The same for a file that was just made in a directory.
+    pub(super) fn give(&mut self, directory: u64, node: u64, handle: u64, file: OwnedFd) -> bool {
+        if self.given.len() >= MOST_NEW {
+            return false;
+        }
+        let now = Instant::now();
+        let is_known = |(known, until)| known == directory && now < until;
+        if !self.free.is_some_and(is_known) {
+            if !self.has_room(&file) {
+                return false;
+            }
+            self.free = Some((directory, now + FREE_FOR));
+        }
+        self.lend(node, handle, file)
+    }
+
+    fn lend(&mut self, node: u64, handle: u64, file: OwnedFd) -> bool {
         let Some(listening) = &self.listening else {
             return false;
         };
-        if !self.is_fit(&file) || lease::take(file.as_fd(), listening.thread).is_err() {
+        if lease::take(file.as_fd(), listening.thread).is_err() {
             return false;
         }
         self.given.push(Delegation {
@@ -172,17 +224,22 @@ impl Delegations {
             handle,
             file,
             due: None,
+            closed: false,
         });
         true
     }
 
-    /// The guest has to read what it writes a part of, and what it has written must find room.
-    fn is_fit(&self, file: &OwnedFd) -> bool {
-        let readable = fcntl_getfl(file).is_ok_and(|flags| {
-            flags & OFlags::ACCMODE == OFlags::RDWR && !flags.intersects(AT_ONCE)
-        });
+    /// What was written must find room.
+    fn has_room(&self, file: &OwnedFd) -> bool {
         let room = self.guest_memory / 4 + FREE;
-        readable && fstatvfs(file).is_ok_and(|at| at.f_bavail.saturating_mul(at.f_frsize) >= room)
+        fstatvfs(file).is_ok_and(|at| at.f_bavail.saturating_mul(at.f_frsize) >= room)
+    }
+
+    /// The guest is about to return the file of a handle: gives it out, and leaves the lease to who gets it.
+    pub(super) fn take(&mut self, node: u64, handle: u64) -> Option<Delegation> {
+        let is_it = |given: &Delegation| given.node == node && given.handle == handle;
+        let at = self.given.iter().position(is_it)?;
+        Some(self.given.swap_remove(at))
     }
 
     /// The handle is being closed.

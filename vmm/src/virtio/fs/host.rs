@@ -172,10 +172,6 @@ impl HostSide {
         let answer = match requests.opcode() {
             WATCH => self.watch(poll, requests),
             CONNECT => self.connect(requests),
-            RETURN => {
-                self.tree.delegations().returned(requests.node());
-                Ok(Vec::new())
-            }
             _ if requests.u32_at(0) != 0 => {
                 self.cancelled = true;
                 Ok(Vec::new())

@@ -2,7 +2,7 @@
 //! virtiofsd's library in this process (docs/decisions/0001-virtio-fs-server.md).
 //!
 //! - `server`: the file server and its settings; `tree`: its files; `request`: requests in private memory
-//! - `operations`: those that come most often, and `write`; `library`: all others
+//! - `operations`: those that come most often, `write` and `finish`; `library`: all others
 //! - `unnamed`: files without a name, and what is done with them (`unnamed_file`)
 //! - `service`: the queues' requests; `handler`: the device's thread; `by_vcpu`: those of vCPUs
 //! - `host`: what goes beyond FUSE: `changes` of watched files, `sockets` of the host
@@ -12,6 +12,7 @@ mod by_vcpu;
 mod changes;
 mod delegations;
 mod device;
+mod finish;
 mod handler;
 mod host;
 mod library;

@@ -2,6 +2,7 @@
 //! buffers through several layers, piece by piece, which took as long as all system calls together. The files
 //! themselves are the library's as before, and what is out of the ordinary is left to its server.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -17,6 +18,8 @@ use virtiofsd::fuse::{
 use virtiofsd::oslib::ReadvFlags;
 use vm_memory::{ByteValued, VolatileSlice};
 
+use super::finish::{self, FINISH};
+use super::host::RETURN;
 use super::request::{Message, Pieces, Requests};
 use super::tree::Tree;
 use super::unnamed;
@@ -46,6 +49,9 @@ const CREATE: u32 = 35;
 const READDIRPLUS: u32 = 44;
 const TMPFILE: u32 = 51;
 
+/// In a request to create a file: the guest takes it for itself; in the answer: it has it.
+const GIVE: u32 = 1 << 31;
+
 /// Carries the request out that is at hand, and puts the answer together but for data that was read, whose
 /// length is given. `None` leaves it to the library.
 pub(super) fn carry_out(
@@ -73,7 +79,7 @@ pub(super) fn carry_out(
             requests,
             answer,
         }
-        .carry_out(chain::length(&message.room))?,
+        .carry_out(message)?,
     };
     let error = match result {
         Ok(()) => 0,
@@ -101,7 +107,7 @@ struct Operation<'a> {
 }
 
 impl Operation<'_> {
-    fn carry_out(&mut self, room: usize) -> Option<io::Result<()>> {
+    fn carry_out(&mut self, message: &Message<'_>) -> Option<io::Result<()>> {
         let (tree, requests, context) = (self.tree, self.requests, self.requests.context());
         let node = requests.node();
         Some(match requests.opcode() {
@@ -138,11 +144,11 @@ impl Operation<'_> {
             OPEN => {
                 let kill = requests.u32_at(4) & OPEN_KILL_SUIDGID != 0;
                 let opened = tree.open(context, node, kill, requests.u32_at(0));
-                opened.map(|opened| self.opened(opened))
+                opened.map(|opened| self.opened(opened, 0))
             }
             OPENDIR => {
                 let opened = tree.opendir(context, node, requests.u32_at(0));
-                opened.map(|opened| self.opened(opened))
+                opened.map(|opened| self.opened(opened, 0))
             }
             RELEASE => {
                 let flags = requests.u32_at(12);
@@ -158,19 +164,37 @@ impl Operation<'_> {
             CREATE => {
                 // Extensions may follow, which the library reads.
                 let name = requests.last_name(16)?;
-                let kill = requests.u32_at(12) & OPEN_KILL_SUIDGID != 0;
-                let (flags, mode) = (requests.u32_at(0), requests.u32_at(4));
-                let (mask, none) = (requests.u32_at(8), Extensions::default());
-                let created = tree.create(context, node, name, mode, kill, flags, mask, none);
-                created.map(|(entry, handle, options)| {
-                    self.entry(entry);
-                    self.opened((handle, options));
-                })
+                self.create(name)
             }
             TMPFILE => self.create_unnamed(),
-            READDIRPLUS => self.entries(context, room),
+            READDIRPLUS => self.entries(context, chain::length(&message.room)),
+            FINISH => finish::carry_out(tree, requests, &message.data)
+                .map(|known| self.attributes((known, tree.validity()))),
+            RETURN => {
+                tree.delegations().returned(node);
+                Ok(())
+            }
             _ => return None,
         })
+    }
+
+    fn create(&mut self, name: &CStr) -> io::Result<()> {
+        let (tree, requests) = (self.tree, self.requests);
+        let (context, directory) = (requests.context(), requests.node());
+        let wishes = requests.u32_at(12);
+        let kill = wishes & OPEN_KILL_SUIDGID != 0;
+        let (flags, mode) = (requests.u32_at(0), requests.u32_at(4));
+        let (mask, none) = (requests.u32_at(8), Extensions::default());
+        let (entry, handle, options) =
+            tree.create(context, directory, name, mode, kill, flags, mask, none)?;
+        let is_local = options.contains(OpenOptions::NOFLUSH);
+        let given = wishes & GIVE != 0
+            && flags & libc::O_EXCL.unsigned_abs() != 0
+            && is_local
+            && handle.is_some_and(|handle| tree.give(directory, entry.inode, handle, flags));
+        self.entry(entry);
+        self.opened((handle, options), if given { GIVE } else { 0 });
+        Ok(())
     }
 
     /// As CREATE, but that the name is no name. It ends the request: no extensions are agreed on.
@@ -187,7 +211,7 @@ impl Operation<'_> {
         };
         let (entry, handle, options) = self.tree.create_unnamed(requests.node(), &request)?;
         self.entry(entry);
-        self.opened((handle, options));
+        self.opened((handle, options), 0);
         Ok(())
     }
 
@@ -205,10 +229,10 @@ impl Operation<'_> {
         self.answer.extend(out.as_slice());
     }
 
-    fn opened(&mut self, (handle, options): (Option<u64>, OpenOptions)) {
+    fn opened(&mut self, (handle, options): (Option<u64>, OpenOptions), more: u32) {
         let out = OpenOut {
             fh: handle.unwrap_or(0),
-            open_flags: options.bits(),
+            open_flags: options.bits() | more,
             ..OpenOut::default()
         };
         self.answer.extend(out.as_slice());

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use virtiofsd::filesystem::Context;
 use vm_memory::VolatileSlice;
 
+use super::finish::{self, FINISH};
 use super::host::CONNECT;
 use super::write::WRITE;
 use crate::virtio::chain::{self, Chain, ChainError};
@@ -161,9 +162,18 @@ impl Requests {
         if self.copied < HEADER_SIZE {
             return Err(ChainError::TooShort);
         }
+        if self.copied < FIXED {
+            data.clear();
+            return Ok(Message { data, room });
+        }
         skip(&mut data, self.copied);
-        if self.opcode() != WRITE && self.copied == FIXED {
-            let more = chain::copy_out(&data, &mut self.copy[FIXED..]);
+        let end = match self.opcode() {
+            WRITE => FIXED,
+            FINISH => HEADER_SIZE + finish::FIXED,
+            _ => COPIED,
+        };
+        if end > FIXED {
+            let more = chain::copy_out(&data, &mut self.copy[FIXED..end]);
             skip(&mut data, more);
             self.copied += more;
         }
@@ -177,7 +187,7 @@ impl Requests {
         let whole = length.is_ok_and(|length| length <= self.copied);
         let (fixed, count) = names(self.opcode());
         if count == 0 {
-            return whole || self.opcode() == WRITE;
+            return whole || matches!(self.opcode(), WRITE | FINISH);
         }
         let body = self.body().get(fixed..).unwrap_or_default();
         let mut names = body.split(|byte| *byte == 0);

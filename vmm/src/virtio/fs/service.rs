@@ -17,7 +17,7 @@ use super::tree::Tree;
 use crate::virtio::chain::{self, Chain, ChainError, QueueError};
 use crate::virtio::rate_limit::RateLimit;
 use crate::virtio::worker::{HandlerError, Poll};
-use crate::virtio::{Interrupt, Memory};
+use crate::virtio::{Interrupt, Memory, ring};
 
 /// Requests answered between two looks at other events, such as the one that ends the thread.
 const BUDGET: usize = 256;
@@ -83,7 +83,7 @@ impl Service {
             let queue = &mut self.queues[usize::from(index)];
             queue.disable_notification(memory).map_err(broken)?;
             let Some(chain) = chain::next(queue, memory).map_err(broken)? else {
-                if queue.enable_notification(memory).map_err(broken)? {
+                if ring::ask_for_notification(queue, memory).map_err(broken)? {
                     continue;
                 }
                 return Ok(Stopped::Empty);
@@ -118,7 +118,7 @@ impl Service {
             // A guest that waits has mostly sent one: spares a look for the next.
             if let By::Vcpu = by {
                 let (memory, queue) = (&*self.memory, &mut self.queues[usize::from(index)]);
-                if !queue.enable_notification(memory).map_err(broken)? {
+                if !ring::ask_for_notification(queue, memory).map_err(broken)? {
                     return Ok(Stopped::Empty);
                 }
             }
@@ -131,8 +131,7 @@ impl Service {
         let broken = |source| QueueError { index, source };
         let memory = &*self.memory;
         let queue = &mut self.queues[usize::from(index)];
-        queue.add_used(memory, head, written).map_err(broken)?;
-        if queue.needs_notification(memory).map_err(broken)? {
+        if ring::give_back(queue, memory, head, written).map_err(broken)? {
             self.interrupt.used_buffers(index)?;
         }
         Ok(())
@@ -187,7 +186,7 @@ impl One<'_> {
         if !self.requests.is_acceptable() {
             return self.refuse(&message.room);
         }
-        if let host::WATCH | host::EVENTS | host::CONNECT | host::RETURN = self.requests.opcode() {
+        if let host::WATCH | host::EVENTS | host::CONNECT = self.requests.opcode() {
             let Some(poll) = poll else {
                 return Ok(Next::Left);
             };

@@ -2,6 +2,7 @@
 
 mod by_vcpu;
 mod delegations;
+mod finish;
 mod host;
 mod recent;
 mod unnamed;
@@ -194,10 +195,10 @@ impl Guest {
     fn restore(&mut self) {
         let queues = self.device.deactivate();
         let state = self.device.save().expect("save");
-        let mut other = Filesystem::new("share", share(&self.directory)).expect("device");
-        other.restore(state).expect("restore");
-        let activation = self.driver.again(other.features(), queues);
-        self.device = other;
+        // The one that was saved is gone, as its process would be.
+        self.device = Filesystem::new("share", share(&self.directory)).expect("device");
+        self.device.restore(state).expect("restore");
+        let activation = self.driver.again(self.device.features(), queues);
         self.device.activate(activation).expect("activate");
     }
 

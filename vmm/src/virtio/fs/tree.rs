@@ -6,7 +6,7 @@ mod requests;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -18,10 +18,10 @@ use virtiofsd::fuse::{ATTR_SUBMOUNT, Attr};
 use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
-use super::delegations::Delegations;
+use super::delegations::{Delegations, may_wait};
 use super::recent::Recent;
 use super::unnamed::{self, Handle, Place, UnnamedFiles};
-use super::unnamed_file::Opened;
+use super::unnamed_file::{Opened, attributes_of};
 use crate::threads::locked;
 
 /// The file system.
@@ -151,6 +151,52 @@ impl Tree {
         };
         let descriptor = descriptor?;
         closed.and(Ok(descriptor))
+    }
+
+    /// A file was just made in a directory, and nobody else has it: gives it to the guest, if that may be.
+    pub(super) fn give(&self, directory: u64, node: u64, handle: u64, flags: u32) -> bool {
+        if !may_wait(OFlags::from_bits_retain(flags)) {
+            return false;
+        }
+        let Ok(file) = self.descriptor(Handle::Library(node), handle) else {
+            return false;
+        };
+        self.delegations().give(directory, node, handle, file)
+    }
+
+    /// The guest tells all that it has of a file, and returns it: `work` makes that known to the host.
+    pub(super) fn finish(
+        &self,
+        node: u64,
+        handle: u64,
+        close: bool,
+        work: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<Attr> {
+        // Returned at the end: until then others wait.
+        let given = self.delegations().take(node, handle);
+        let work = |file: BorrowedFd<'_>| work(file).and_then(|()| attributes_of(file));
+        let done = match &given {
+            Some(given) => work(given.file()),
+            // It was taken back meanwhile, or the guest was restored.
+            None => self
+                .unnamed
+                .handle(node, handle)
+                .and_then(|of| self.descriptor(of, handle))
+                .and_then(|file| work(file.as_fd())),
+        };
+        if close {
+            let context = of_this_process();
+            self.release(context, node, 0, handle, false, false, None)?;
+            if let Some(given) = given {
+                given.end_with_file();
+            }
+        }
+        done
+    }
+
+    /// How long the guest may believe what it is told of a file.
+    pub(super) fn validity(&self) -> Duration {
+        self.validity
     }
 
     /// A descriptor of an open file.

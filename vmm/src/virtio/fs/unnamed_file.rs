@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -59,26 +59,7 @@ impl Unnamed {
     }
 
     pub(super) fn attributes(&self) -> io::Result<Attr> {
-        let known = self.file.metadata()?;
-        let nanoseconds = |number: i64| u32::try_from(number).unwrap_or(0);
-        Ok(Attr {
-            ino: known.ino(),
-            size: known.size(),
-            blocks: known.blocks(),
-            atime: known.atime().cast_unsigned(),
-            mtime: known.mtime().cast_unsigned(),
-            ctime: known.ctime().cast_unsigned(),
-            atimensec: nanoseconds(known.atime_nsec()),
-            mtimensec: nanoseconds(known.mtime_nsec()),
-            ctimensec: nanoseconds(known.ctime_nsec()),
-            mode: known.mode(),
-            nlink: narrow(known.nlink()),
-            uid: known.uid().into(),
-            gid: known.gid().into(),
-            rdev: 0,
-            blksize: narrow(known.blksize()),
-            flags: 0,
-        })
+        attributes_of(&self.file)
     }
 
     pub(super) fn set_attributes(&self, wanted: SetattrIn, valid: SetattrValid) -> io::Result<()> {
@@ -196,6 +177,29 @@ impl Unnamed {
     fn for_attributes(&self) -> io::Result<OwnedFd> {
         self.open(OFlags::RDONLY | OFlags::NONBLOCK, false)
     }
+}
+
+/// What the guest is told of a file.
+pub(super) fn attributes_of(file: impl AsFd) -> io::Result<Attr> {
+    let known = rustix::fs::fstat(file)?;
+    Ok(Attr {
+        ino: known.st_ino,
+        size: known.st_size.cast_unsigned(),
+        blocks: known.st_blocks.cast_unsigned(),
+        atime: known.st_atime.cast_unsigned(),
+        mtime: known.st_mtime.cast_unsigned(),
+        ctime: known.st_ctime.cast_unsigned(),
+        atimensec: narrow(known.st_atime_nsec),
+        mtimensec: narrow(known.st_mtime_nsec),
+        ctimensec: narrow(known.st_ctime_nsec),
+        mode: known.st_mode,
+        nlink: narrow(known.st_nlink),
+        uid: known.st_uid.into(),
+        gid: known.st_gid.into(),
+        rdev: 0,
+        blksize: narrow(known.st_blksize),
+        flags: 0,
+    })
 }
 
 /// The file as it was opened once.
