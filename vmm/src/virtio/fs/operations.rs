@@ -46,6 +46,7 @@ const RELEASE: u32 = 18;
 const OPENDIR: u32 = 27;
 const RELEASEDIR: u32 = 29;
 const CREATE: u32 = 35;
+const BATCH_FORGET: u32 = 42;
 const READDIRPLUS: u32 = 44;
 const TMPFILE: u32 = 51;
 
@@ -66,6 +67,17 @@ pub(super) fn carry_out(
     let result = match requests.opcode() {
         FORGET => {
             tree.forget(requests.context(), requests.node(), requests.u64_at(0));
+            answer.clear();
+            return Some(0);
+        }
+        BATCH_FORGET => {
+            let count = usize::try_from(requests.u32_at(0)).unwrap_or(usize::MAX);
+            let nodes = requests.body().get(8..).unwrap_or_default();
+            for item in nodes.chunks_exact(16).take(count) {
+                let (node, references) = item.split_at(8);
+                let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+                tree.forget(requests.context(), number(node), number(references));
+            }
             answer.clear();
             return Some(0);
         }
