@@ -55,7 +55,7 @@ impl Share {
         let Some(source) = source else { return };
         for index in crate::shm::of_source(source, bundle, spec) {
             if let Some(target) = self.bind_sources.remove(&index) {
-                self.entries.retain(|entry| entry.target != target);
+                self.entries.retain(|entry| entry.place() != target);
                 self.joined_memory.push(index);
                 self.memory_source = Some(source.to_owned());
             }
@@ -79,6 +79,7 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
         share.entries.push(ShareEntry {
             source: rootfs.to_owned(),
             target: share.rootfs.clone(),
+            name: None,
             // `root.readonly` is applied in the guest, after the mount points that are missing
             // have been made, as other runtimes do.
             read_only: false,
@@ -100,18 +101,24 @@ pub fn collect(id: &str, bundle: &Path, rootfs: &Path, spec: &Spec) -> Result<Sh
             field: "mounts".to_owned(),
             reason: "there are too many".to_owned(),
         })?;
-        let target = format!("{id}/mounts/{index}");
-        if bind {
-            share.entries.push(ShareEntry {
-                source: bind_source(index, mount, bundle)?,
-                target: target.clone(),
+        let target = format!("{id}/{index}");
+        let place = if bind {
+            let source = bind_source(index, mount, bundle)?;
+            let entry = ShareEntry {
+                name: name_in_guest(&source),
+                source,
+                target,
                 read_only: has_option(mount, &["ro", "rro"]),
                 recursive: has_option(mount, &["rbind", "rro"]),
-            });
+            };
+            let place = entry.place();
+            share.entries.push(entry);
+            place
         } else {
             share.overlays.push(overlay_of(index, mount, &target)?);
-        }
-        share.bind_sources.insert(number, target);
+            target
+        };
+        share.bind_sources.insert(number, place);
     }
     Ok(share)
 }
@@ -216,6 +223,12 @@ fn bind_source(index: usize, mount: &Mount, bundle: &Path) -> Result<PathBuf, Sp
     Ok(real)
 }
 
+/// What the container reads of a source's place on the host: the last name, as the root of the mount.
+/// `/` has none, and paths are text in what is said to the agent.
+fn name_in_guest(source: &Path) -> Option<String> {
+    Some(source.file_name()?.to_str()?.to_owned())
+}
+
 /// Whether somebody receives datagrams at a socket. Who listens there for connections notices nothing
 /// of the question (EPROTOTYPE, unix(7)).
 fn takes_datagrams(path: &Path) -> io::Result<bool> {
@@ -281,12 +294,12 @@ mod tests {
         };
         let share = overlay(&["lowerdir=/a:/b,upperdir=/u", "ro", "workdir=/w", "odd"]).unwrap();
         let expected = Overlay {
-            target: "one/mounts/0".to_owned(),
+            target: "one/0".to_owned(),
             lower: "/a".into(),
             options: "lowerdir=/a:/b,upperdir=/u,workdir=/w,odd".to_owned(),
         };
         assert_eq!(share.overlays, [expected]);
-        assert_eq!(share.bind_sources[&0], "one/mounts/0");
+        assert_eq!(share.bind_sources[&0], "one/0");
         for bad in [&["ro"][..], &["lowerdir=relative"], &["upperdir=/u"]] {
             let error = overlay(bad).unwrap_err().to_string();
             assert!(error.contains("mounts[0].options"), "{error}");
@@ -307,26 +320,33 @@ mod tests {
                 {"destination": "/f", "type": "none", "source": "file", "options": ["bind"]},
                 {"destination": "/g", "source": "file", "options": ["bind", "ro", "rw"]},
                 {"destination": "/s", "source": "socket", "options": ["bind"]},
+                {"destination": "/h", "source": "/", "options": ["bind", "ro"]},
             ]),
         )
         .unwrap();
         let shown: Vec<_> = share
             .entries
             .iter()
-            .map(|entry| (entry.target.as_str(), entry.read_only, entry.recursive))
+            .map(|entry| (entry.place(), entry.read_only, entry.recursive))
             .collect();
         assert_eq!(
             shown,
             [
                 ("one/rootfs", false, true),
-                ("one/mounts/1", true, true),
-                ("one/mounts/2", false, false),
-                ("one/mounts/3", false, false),
-                ("one/mounts/4", false, false),
+                ("one/1/data", true, true),
+                ("one/2/file", false, false),
+                ("one/3/file", false, false),
+                ("one/4/socket", false, false),
+                ("one/5", true, false),
             ]
+            .map(|(place, read_only, recursive)| (
+                place.to_owned(),
+                read_only,
+                recursive
+            ))
         );
-        assert_eq!(share.bind_sources.len(), 4);
-        assert_eq!(share.bind_sources[&1], "one/mounts/1");
+        assert_eq!(share.bind_sources.len(), 5);
+        assert_eq!(share.bind_sources[&1], "one/1/data");
     }
 
     #[test]

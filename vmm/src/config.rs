@@ -26,6 +26,9 @@ pub const CONTROL: &str = "control.sock";
 /// Where the share's tree is in the VM's mount namespace. The root there is a tmpfs, mounted
 /// read-only, in which mount points can be made through another mount of it.
 pub const SHARE: &str = "/share";
+/// Mode of a frame ([`ShareEntry::name`]): a directory of that tmpfs with this mode is one. The sticky
+/// bit does nothing where nobody can write.
+pub const FRAME_MODE: u32 = 0o1755;
 
 /// A virtual machine to be made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -93,14 +96,61 @@ pub struct ShareConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShareEntry {
-    /// Directory or file on the host.
+    /// Directory or file on the host; in JSON a text, or the bytes of a path that is none.
+    #[serde(with = "any_path")]
     pub source: PathBuf,
     /// Where it appears, relative to the share's root: plain names joined by `/`. Parents are made.
     pub target: String,
+    /// With a name, `target` is a directory that holds the source under this name and nothing else, so
+    /// that the root of what the guest mounts from there ends in it (mountinfo, findmnt). Around a
+    /// directory it is a frame, which the guest takes with what is in it for one file system: the root
+    /// is `/name` then. A file is no file system of its own: its root is `/target/name`.
+    #[serde(default)]
+    pub name: Option<String>,
     /// Whether the guest may only read it (enforced on the host).
     pub read_only: bool,
     /// Whether mounts below the source come along.
     pub recursive: bool,
+}
+
+/// Paths of the host need not be UTF-8, texts in JSON must.
+mod any_path {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Text(PathBuf),
+        Bytes(Vec<u8>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        match path.to_str() {
+            Some(text) => text.serialize(to),
+            None => path.as_os_str().as_bytes().serialize(to),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        Ok(match Written::deserialize(from)? {
+            Written::Text(path) => path,
+            Written::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        })
+    }
+}
+
+impl ShareEntry {
+    /// Where the source itself lies, relative to the share's root.
+    pub fn place(&self) -> String {
+        match &self.name {
+            Some(name) => format!("{}/{name}", self.target),
+            None => self.target.clone(),
+        }
+    }
 }
 
 /// The vsock device.
@@ -227,4 +277,29 @@ pub struct Timeline {
     pub loaded_us: u64,
     /// The vCPUs ran.
     pub running_us: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    use super::*;
+
+    #[test]
+    fn sources_need_not_be_text() {
+        for source in [&b"/a/b"[..], b"/caf\xe9", b"/\n\0\"\\"] {
+            let entry = ShareEntry {
+                source: OsStr::from_bytes(source).into(),
+                target: "a".to_owned(),
+                name: Some("b\n\"".to_owned()),
+                read_only: true,
+                recursive: false,
+            };
+            let text = serde_json::to_string(&entry).expect("written");
+            assert_eq!(text.lines().count(), 1);
+            let read: ShareEntry = serde_json::from_str(&text).expect("read");
+            assert_eq!(read, entry);
+        }
+    }
 }

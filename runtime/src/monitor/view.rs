@@ -82,8 +82,8 @@ impl View {
     /// exists there only: empty here.
     pub fn of(spec: &Spec, share: &Share, rootfs: &Path) -> Self {
         let source = |index: usize| {
-            let target = share.bind_sources.get(&u32::try_from(index).ok()?)?;
-            let entry = share.entries.iter().find(|entry| entry.target == *target)?;
+            let place = share.bind_sources.get(&u32::try_from(index).ok()?)?;
+            let entry = share.entries.iter().find(|entry| entry.place() == *place)?;
             Some(Source {
                 path: entry.source.clone(),
                 read_only: entry.read_only,

@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-use bulkhead_vmm::config::{SHARE, ShareEntry};
+use bulkhead_vmm::config::{FRAME_MODE, SHARE, ShareEntry};
 use rustix::{
     fs::{
         AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2,
@@ -23,6 +23,7 @@ use rustix::{
         MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
         mount_change, move_mount, open_tree, unmount,
     },
+    process::umask,
     thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
 };
 use thiserror::Error;
@@ -111,15 +112,15 @@ pub fn add(
         let mount = open_tree(CWD, &entry.source, flags)
             .and_then(|mount| confine(mount, entry.read_only))
             .map_err(failed)?;
-        pieces.push((entry.target.clone(), mount));
+        pieces.push((entry.target.clone(), entry.name.clone(), mount));
     }
     for overlay in overlays {
-        pieces.push((overlay.target.clone(), mount_overlay(overlay)?));
+        pieces.push((overlay.target.clone(), None, mount_overlay(overlay)?));
     }
     inside(process, move |root| {
         pieces
             .iter()
-            .try_for_each(|(target, mount)| attach(root, target, mount))
+            .try_for_each(|(target, name, mount)| attach(root, target, name.as_deref(), mount))
     })
 }
 
@@ -191,6 +192,8 @@ fn inside(
 ) -> Result<(), PieceError> {
     let task = move || {
         sys::unshare_filesystem().map_err(enter("leave the directories of the other threads"))?;
+        // The thread's own from here on. What is made has the mode that it is given.
+        umask(Mode::empty());
         move_into_thread_name_spaces(process.as_fd(), ThreadNameSpaceType::MOUNT)
             .map_err(enter("enter the mount namespace of the virtual machine"))?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -233,7 +236,13 @@ fn confined() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV
 }
 
-fn attach(root: BorrowedFd<'_>, target: &str, mount: &OwnedFd) -> Result<(), PieceError> {
+/// As the VMM does with its own pieces: at the target, or under its name in a directory there.
+fn attach(
+    root: BorrowedFd<'_>,
+    target: &str,
+    name: Option<&str>,
+    mount: &OwnedFd,
+) -> Result<(), PieceError> {
     let failed = |what| {
         move |error: Errno| PieceError::Target {
             what,
@@ -244,17 +253,8 @@ fn attach(root: BorrowedFd<'_>, target: &str, mount: &OwnedFd) -> Result<(), Pie
     let is_directory = fstat(mount)
         .map(|stat| FileType::from_raw_mode(stat.st_mode).is_dir())
         .map_err(failed("look at"))?;
-    let path = format!("{}/{target}", below(SHARE));
-    let make = |error: Errno| failed("make")(error);
-    let (parent, name) = path.rsplit_once('/').unwrap_or((".", &path));
-    let parent = make_directories(root, parent).map_err(make)?;
-    let mode = Mode::from_raw_mode(0o755);
-    if is_directory {
-        mkdirat(&parent, name, mode).map_err(make)?;
-    } else {
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        openat(&parent, name, flags | OFlags::RDONLY, mode).map_err(make)?;
-    }
+    let mut path = format!("{}/{target}", below(SHARE));
+    make_place(root, &mut path, name, is_directory).map_err(failed("make"))?;
     // The place as the VM sees it: a mount goes onto a mount of the namespace.
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let real = openat(CWD, "/", flags | OFlags::DIRECTORY, Mode::empty())
@@ -262,6 +262,35 @@ fn attach(root: BorrowedFd<'_>, target: &str, mount: &OwnedFd) -> Result<(), Pie
         .map_err(failed("find"))?;
     let whole = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(mount, "", &real, "", whole).map_err(failed("mount"))
+}
+
+/// Makes the mount point, and a directory around it if it has a name, which the path gets then.
+fn make_place(
+    root: BorrowedFd<'_>,
+    path: &mut String,
+    name: Option<&str>,
+    is_directory: bool,
+) -> Result<(), Errno> {
+    let (parent, mut last) = path.rsplit_once('/').unwrap_or((".", path));
+    let mut parent = make_directories(root, parent)?;
+    if let Some(name) = name {
+        let mode = if is_directory { FRAME_MODE } else { 0o755 };
+        mkdirat(&parent, last, Mode::from_raw_mode(mode))?;
+        parent = directory(parent.as_fd(), last)?;
+        last = name;
+    }
+    let mode = Mode::from_raw_mode(0o755);
+    if is_directory {
+        mkdirat(&parent, last, mode)?;
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        openat(&parent, last, flags | OFlags::RDONLY, mode)?;
+    }
+    if let Some(name) = name {
+        path.push('/');
+        path.push_str(name);
+    }
+    Ok(())
 }
 
 fn make_directories(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {

@@ -20,6 +20,7 @@ mod network;
 mod pods;
 mod pressure;
 mod process;
+mod roots;
 mod security;
 mod share;
 mod signals;
@@ -86,6 +87,7 @@ pub(crate) fn all() -> Vec<Case> {
         process::cases(),
         security::cases(),
         volumes::cases(),
+        roots::cases(),
         sockets::cases(),
         share::cases(),
         writes::cases(),

@@ -31,7 +31,7 @@ fn file(kind: &str) -> &str {
 }
 
 /// The container joins the namespaces of a process.
-fn joining(bundle: Bundle, pid: i32, kinds: &[&str]) -> Bundle {
+pub(super) fn joining(bundle: Bundle, pid: i32, kinds: &[&str]) -> Bundle {
     bundle.with(|spec| {
         if kinds.contains(&"uts")
             && let Some(spec) = spec.as_object_mut()

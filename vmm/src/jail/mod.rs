@@ -122,6 +122,8 @@ pub fn enter(contents: Contents) -> Result<File, JailError> {
     )
     .map_err(step("open /proc/self/fd"))?;
     let root = make_root()?;
+    // What is made here has the mode that it is given: of whom the guest acts for, many are others.
+    umask(Mode::empty());
     let shares = contents.share.is_some();
     if let Some(share) = contents.share {
         mkdirat(&root, "share", Mode::from(0o755)).map_err(step("make /share"))?;
@@ -200,7 +202,6 @@ fn groups_are_fixed() -> bool {
 
 /// Drops what is not needed any more. Only the main thread exists.
 fn drop_rights(shares: bool, groups_are_fixed: bool) -> Result<(), JailError> {
-    umask(Mode::empty());
     setrlimit(
         Resource::Core,
         Rlimit {

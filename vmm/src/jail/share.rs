@@ -11,13 +11,15 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, OpenTreeFlags, open_tree};
 
 use super::{JailError, attach};
-use crate::config::{ShareConfig, ShareEntry};
+use crate::config::{FRAME_MODE, ShareConfig, ShareEntry};
 use crate::sys;
 
 /// One piece.
 #[derive(Debug)]
 struct Piece {
     mount: OwnedFd,
+    /// Its name, in a directory at the target.
+    name: Option<String>,
     /// A directory; else a file.
     directory: bool,
     read_only: bool,
@@ -36,6 +38,7 @@ pub fn open(share: &ShareConfig) -> Result<ShareTree, JailError> {
         let stat = fstat(&mount).map_err(|error| source(&entry.source)(error))?;
         let piece = Piece {
             mount,
+            name: entry.name.clone(),
             directory: FileType::from_raw_mode(stat.st_mode) == FileType::Directory,
             read_only: entry.read_only,
         };
@@ -72,6 +75,11 @@ fn check_targets(entries: &[ShareEntry]) -> Result<(), JailError> {
         if !entry.target.split('/').all(plain) {
             return bad(&entry.target, "plain names joined by / are needed");
         }
+        if let Some(name) = &entry.name
+            && (!plain(name) || name.contains('/'))
+        {
+            return bad(&entry.place(), "the name in the frame is no plain one");
+        }
     }
     // Compared by names, so that "a/b" follows "a" directly and "a-b" does not come between.
     let mut sorted: Vec<Vec<&str>> = entries
@@ -99,9 +107,14 @@ impl ShareTree {
 }
 
 fn attach_one(root: BorrowedFd<'_>, target: &str, piece: &Piece) -> io::Result<()> {
-    let path = format!("share/{target}");
+    let mut path = format!("share/{target}");
     for (end, _) in path.match_indices('/').skip(1) {
         make_directory(root, &path[..end])?;
+    }
+    if let Some(name) = &piece.name {
+        let mode = if piece.directory { FRAME_MODE } else { 0o755 };
+        mkdirat(root, &*path, Mode::from(mode))?;
+        path = format!("{path}/{name}");
     }
     if piece.directory {
         make_directory(root, &path)?;
@@ -137,6 +150,7 @@ mod tests {
             .map(|target| ShareEntry {
                 source: "/".into(),
                 target: (*target).to_owned(),
+                name: None,
                 read_only: false,
                 recursive: false,
             })
@@ -150,6 +164,26 @@ mod tests {
         assert!(check(&["a", "b/c", "b/d"]));
         for bad in ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "a\0"] {
             assert!(!check(&[bad]), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn names_in_frames_are_plain() {
+        let check = |name: &str| {
+            let entry = ShareEntry {
+                source: "/".into(),
+                target: "a".to_owned(),
+                name: Some(name.to_owned()),
+                read_only: false,
+                recursive: false,
+            };
+            check_targets(&[entry])
+        };
+        for good in ["etc", " ", "a\nb", "...", "-", &"x".repeat(255)] {
+            assert!(check(good).is_ok(), "{good:?}");
+        }
+        for bad in ["", ".", "..", "/", "a/b", "../a", "a\0"] {
+            assert!(check(bad).is_err(), "{bad:?}");
         }
     }
 

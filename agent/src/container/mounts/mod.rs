@@ -5,7 +5,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use bulkhead_agent_protocol::ErrorKind;
@@ -280,27 +280,30 @@ impl MountPlan {
         recursive: bool,
         share: BorrowedFd<'_>,
     ) -> Result<OwnedFd> {
-        let source = open_shared_mount(share, path)
-            .or_cannot(|| format!("open {path} of the share ({}.source)", self.field))?;
-        clone_mount(source.as_fd(), recursive)
-            .or_cannot(|| format!("bind {path} of the share ({})", self.field))
+        clone_shared(share, path, recursive)
+            .or_cannot(|| format!("bind {path} of the share ({}.source)", self.field))
     }
 
-    /// For the agent, which keeps its mounts: takes the one that going into the source may have
-    /// made out of its namespace.
+    /// For the agent, which keeps its mounts: takes the one that going to the source has made out of its
+    /// namespace. It lies at the source, or at the directory around it.
     fn clone_leaving_nothing(
         &self,
         path: &str,
         recursive: bool,
         share: BorrowedFd<'_>,
     ) -> Result<OwnedFd> {
-        let device = |file: &OwnedFd| fs::fstat(file).map(|status| status.st_dev).ok();
-        let before = open_shared(share, path).ok().as_ref().and_then(device);
+        // To open a place by its path alone mounts nothing there, but on the way to it.
+        let device = |path: &str| {
+            let place = open_shared(share, path).ok()?;
+            Some(fs::fstat(place).ok()?.st_dev)
+        };
+        let around = path.rsplit_once('/').map_or("", |(around, _)| around);
+        let places = [around, path].map(|path| (path, device(path)));
         let mount = self.clone_from_share(path, recursive, share)?;
-        if before != device(&mount) {
-            let place = format!("/proc/self/fd/{}/{path}", share.as_raw_fd());
+        if let Some((made, _)) = places.iter().find(|(path, before)| *before != device(path)) {
+            let place = format!("/proc/self/fd/{}/{made}", share.as_raw_fd());
             kernel::unmount(place, UnmountFlags::DETACH)
-                .or_cannot(|| format!("let go of {path} of the share ({}.source)", self.field))?;
+                .or_cannot(|| format!("let go of {made} of the share ({}.source)", self.field))?;
         }
         Ok(mount)
     }
@@ -389,16 +392,27 @@ fn kernel_explanation(context: &OwnedFd) -> Option<String> {
     Some(text.trim_end().get(2..)?.to_owned())
 }
 
-/// Opens what the host has mounted at a path of the share. A directory that is a mount on the host
+/// Opens the directory that the host has mounted at a path of the share. One that is a mount on the host
 /// becomes one in the guest when somebody goes into it, and a clone of the directory below would
 /// be covered by that: its id maps would hold for nothing, and its device number would not be that
 /// of its entries, for which `find -xdev` leaves them out.
 pub(super) fn open_shared_mount(share: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
-    match open_below(share, path, OFlags::DIRECTORY) {
-        // Files are no mounts of their own.
-        Err(error) if error.raw_os_error() == Some(libc::ENOTDIR) => open_shared(share, path),
-        opened => opened,
+    open_below(share, path, OFlags::DIRECTORY)
+}
+
+/// A detached mount of what the host has put at a path of the share. As open_tree(2) goes there, what is
+/// a mount on the host becomes one in the guest.
+fn clone_shared(share: BorrowedFd<'_>, path: &str, recursive: bool) -> io::Result<OwnedFd> {
+    let path = Path::new(path);
+    let plain = |part| matches!(part, Component::Normal(_));
+    if !path.components().all(plain) {
+        return Err(Errno::XDEV.into());
     }
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    Ok(kernel::open_tree(share, path, flags)?)
 }
 
 /// Opens a path of the share. The host has put it together from plain names, so links have no

@@ -1,7 +1,7 @@
 //! What was used last and is likely to be used next, at hand: the library finds a file by its path in /proc, and
 //! looks a name up before it removes it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -17,6 +17,17 @@ pub(super) struct Recent {
     directories: VecDeque<(u64, Arc<OwnedFd>)>,
     /// A directory on a local file system.
     local: Option<u64>,
+    /// Directories of the jail that the guest has asked for.
+    of_jail: HashMap<u64, OfJail>,
+}
+
+/// A directory of the jail's own file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OfJail {
+    /// Which holds others of the kind, and mounts.
+    Directory,
+    /// Which gives a name to what is in it, `tree/frames.rs`.
+    Frame,
 }
 
 impl Recent {
@@ -54,8 +65,17 @@ impl Recent {
         self.local = Some(directory);
     }
 
+    pub(super) fn of_jail(&self, directory: u64) -> Option<OfJail> {
+        self.of_jail.get(&directory).copied()
+    }
+
+    pub(super) fn note_of_jail(&mut self, directory: u64, kind: OfJail) {
+        self.of_jail.insert(directory, kind);
+    }
+
     /// The guest knows the node no longer.
     pub(super) fn forgotten(&mut self, node: u64) {
+        self.of_jail.remove(&node);
         self.directories.retain(|(known, _)| *known != node);
         if self.local == Some(node) {
             self.local = None;

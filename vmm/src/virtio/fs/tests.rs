@@ -3,6 +3,7 @@
 mod by_vcpu;
 mod delegations;
 mod finish;
+mod frames;
 mod host;
 mod recent;
 mod unnamed;

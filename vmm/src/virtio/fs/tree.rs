@@ -1,6 +1,7 @@
 //! The library's file system behind an `Arc`, so that this process can ask it as well as the guest.
 //! What the guest asks is passed on as it is, but for files without a name, which are `unnamed`'s.
 
+mod frames;
 mod requests;
 
 use std::ffi::CStr;

@@ -61,7 +61,7 @@ impl Guest {
         assert_eq!(self.driver.wait_used(1).1, 0);
     }
 
-    fn forget(&mut self, node: u64, count: u64) {
+    pub(super) fn forget(&mut self, node: u64, count: u64) {
         self.tell(FORGET, node, &count.to_le_bytes());
     }
 

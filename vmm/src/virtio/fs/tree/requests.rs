@@ -99,8 +99,9 @@ impl FileSystem for Tree {
     }
 
     fn lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let entry = self.files.lookup(ctx, parent, name)?;
+        let mut entry = self.files.lookup(ctx, parent, name)?;
         self.note_mount(&entry);
+        self.settle_frame(parent, &mut entry);
         Ok(self.as_known(ctx, entry))
     }
 
@@ -399,6 +400,13 @@ impl FileSystem for Tree {
         self.remove(ctx, parent, name, AtFlags::REMOVEDIR)
     }
 
+    fn syncfs(&self, ctx: Context, inode: u64) -> io::Result<()> {
+        match self.frame(inode) {
+            Some(frame) => self.sync_piece(inode, frame),
+            None => self.files.syncfs(ctx, inode),
+        }
+    }
+
     pass_on! {
         readlink(&self, ctx: Context, inode: u64) -> io::Result<Vec<u8>>;
         symlink(&self, ctx: Context, target: &CStr, parent: u64, name: &CStr, extensions: Extensions) -> io::Result<Entry>;
@@ -409,7 +417,6 @@ impl FileSystem for Tree {
         readdir(&self, ctx: Context, inode: u64, handle: u64, size: u32, offset: u64) -> io::Result<Self::DirIter>;
         fsyncdir(&self, ctx: Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()>;
         releasedir(&self, ctx: Context, inode: u64, flags: u32, handle: u64) -> io::Result<()>;
-        syncfs(&self, ctx: Context, inode: u64) -> io::Result<()>;
     }
 }
 
