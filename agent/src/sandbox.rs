@@ -10,6 +10,7 @@ use bulkhead_agent_protocol::{
     messages::{CreateContainerRequest, ExecProcessRequest},
 };
 use rustix::process::Pid;
+use tokio::sync::watch;
 
 use crate::{
     container::{self, Container, Others, Surroundings},
@@ -29,8 +30,8 @@ pub struct Sandbox {
 /// What an id stands for.
 #[derive(Debug)]
 enum Slot {
-    /// A set-up that runs, so that no other takes the id.
-    Creating,
+    /// A set-up that runs, so that no other takes the id; closed when it is done.
+    Creating(watch::Receiver<()>),
     Container(Arc<Container>),
 }
 
@@ -55,11 +56,19 @@ impl Sandbox {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// If it is being created: what is closed then.
+    fn creating(&self, id: &str) -> Option<watch::Receiver<()>> {
+        match self.containers().get(id) {
+            Some(Slot::Creating(done)) => Some(done.clone()),
+            _ => None,
+        }
+    }
+
     /// The container of this id.
     pub fn container(&self, id: &str) -> Result<Arc<Container>> {
         match self.containers().get(id) {
             Some(Slot::Container(container)) => Ok(container.clone()),
-            Some(Slot::Creating) => {
+            Some(Slot::Creating(_)) => {
                 let text = format!("container {id} is being created: wait until it is");
                 Err(Error::new(ErrorKind::WrongState, text))
             }
@@ -88,12 +97,13 @@ impl Sandbox {
     /// Creates a container. Runs as a task of its own: a caller that goes away leaves no half.
     pub async fn create(self: Arc<Self>, request: CreateContainerRequest) -> Result<Pid> {
         let id = request.container_id.clone();
+        let (_until_done, done) = watch::channel(());
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => {
                 let text = format!("container {id} exists already");
                 return Err(Error::new(ErrorKind::WrongState, text));
             }
-            Entry::Vacant(free) => free.insert(Slot::Creating),
+            Entry::Vacant(free) => free.insert(Slot::Creating(done)),
         };
         let (namespaces, mounts) = (&request.join_namespaces, &request.join_mounts);
         let others = Others::find(namespaces, mounts, |id| self.container(id));
@@ -137,8 +147,12 @@ impl Sandbox {
         Ok(pid)
     }
 
-    /// Removes a container.
+    /// Removes a container. By force also one that is being created, by whom nobody waits for any more.
     pub async fn remove(self: Arc<Self>, id: String, force: bool) -> Result<()> {
+        while force && let Some(mut creating) = self.creating(&id) {
+            // Fails, as nothing is ever sent, once it is done.
+            let _ = creating.changed().await;
+        }
         self.container(&id)?
             .remove(&self.surroundings, force)
             .await?;
@@ -153,7 +167,7 @@ impl Sandbox {
             .drain()
             .filter_map(|(_, slot)| match slot {
                 Slot::Container(container) => Some(container),
-                Slot::Creating => None,
+                Slot::Creating(_) => None,
             })
             .collect();
         for container in containers {
