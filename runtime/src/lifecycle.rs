@@ -80,6 +80,7 @@ pub fn destroy(container: &Container) -> Result<(), DestroyError> {
         // The monitor first: it would report the VM's end as an accident. And before others are
         // looked for, so that of two containers that are removed at once one finds itself the last.
         end("monitor", record.monitor)?;
+        end("stand-in", record.process)?;
         others = pod::others(container, record)?;
         if others.is_empty() {
             end("virtual machine", record.vmm)?;

@@ -7,12 +7,16 @@ use bulkhead::{
     commands,
     config::{Config, ConfigError},
     error, log,
+    monitor::stand_in,
     timeline::Moment,
 };
 use clap::{Parser, error::ErrorKind};
 
 fn main() -> ExitCode {
     let began = Moment::now();
+    if stand_in::is_called(std::env::args_os()) {
+        return stand_in::stand();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(refusal) => {

@@ -80,25 +80,12 @@ pub(crate) fn namespace_kind(namespace: impl AsFd) -> io::Result<i32> {
     Ok(unsafe { rustix::ioctl::ioctl(namespace, NamespaceKind) }?)
 }
 
-/// Moves the calling thread into a mount namespace of its own, a copy of the present one, and gives
-/// it a root and a working directory of its own.
-pub(crate) fn unshare_mounts() -> Result<(), Errno> {
+/// unshare(2): gives the calling thread, or process, namespaces or a root and working directory of its
+/// own.
+pub(crate) fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
+    assert!(!flags.contains(UnshareFlags::FILES));
     // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
-}
-
-/// Moves the calling thread into a network namespace of its own, which is empty.
-pub(crate) fn unshare_network() -> io::Result<()> {
-    // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
-    Ok(())
-}
-
-/// Gives the calling thread a root and a working directory of its own, which it needs before it can
-/// enter a mount namespace.
-pub(crate) fn unshare_filesystem() -> Result<(), Errno> {
-    // SAFETY: descriptors stay shared between the threads, since CLONE_FILES is not asked for.
-    unsafe { unshare_unsafe(UnshareFlags::FS) }
+    unsafe { unshare_unsafe(flags) }
 }
 
 /// What is to become of a mount, mount_setattr(2).

@@ -1,5 +1,5 @@
 //! The host's cgroup of a container: the VM's process sits in it, so that the host's limits and
-//! accounting hold for everything that the guest does, and beside it the monitor, so that whoever
+//! accounting hold for everything that the guest does, and beside it the stand-in, so that whoever
 //! looks for the cgroup of the container's process finds it. Where it lies is in `place.rs`, what is
 //! written into it in `limits.rs`; here it is made, filled, changed and removed.
 
@@ -392,8 +392,7 @@ fn before(path: &Path, value: &str) -> Option<String> {
 }
 
 fn mounted() -> Result<Vec<Hierarchy>, CgroupError> {
-    // A monitor's first thread sits in the container's mount namespace.
-    let mounts = Path::new("/proc/thread-self/mountinfo");
+    let mounts = Path::new("/proc/self/mountinfo");
     let mounts = fs::read_to_string(mounts).map_err(io_error("read", mounts))?;
     let hierarchies = hierarchies(&mounts);
     if hierarchies.is_empty() {

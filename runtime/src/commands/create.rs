@@ -8,7 +8,7 @@ use crate::{
     cli::Create,
     guest_size::{self, GuestSize, Host},
     lifecycle,
-    monitor::{self, ContainerOrder, Order},
+    monitor::{self, ContainerOrder, Order, stand_in},
     pod::{self, Joined},
     spec::{
         Labels, Loaded,
@@ -91,6 +91,7 @@ pub(super) fn record(
     id: &str,
     plan: &Plan,
     monitor: Option<ProcessIdentity>,
+    process: Option<ProcessIdentity>,
 ) -> Result<Container, Error> {
     let loaded = &plan.loaded;
     let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
@@ -99,7 +100,7 @@ pub(super) fn record(
     record.guest = plan.guest;
     record.created = crate::time::now_precise();
     record.owner = owner();
-    record.monitor = monitor;
+    (record.monitor, record.process) = (monitor, process);
     let annotations = loaded.spec.annotations().clone().unwrap_or_default();
     record.annotations = annotations.into_iter().collect();
     let container = context.root.create(id)?;
@@ -134,7 +135,7 @@ pub(super) fn order(
     context: &Context,
     options: &Create,
     plan: &Plan,
-    in_background: bool,
+    pid: u32,
 ) -> Result<ContainerOrder, Error> {
     let absolute = |path: &Option<std::path::PathBuf>| {
         path.as_ref()
@@ -156,7 +157,7 @@ pub(super) fn order(
         guest: plan.guest,
         spare_places: context.config.guest.spare_places,
         cgroup_driver: context.cgroup_driver(),
-        in_background,
+        pid,
         joined: plan.joined.clone(),
     })
 }
@@ -167,7 +168,7 @@ pub(super) fn create_detached(
     options: &Create,
     plan: &Plan,
 ) -> Result<Container, Error> {
-    let container = record(context, &options.id, plan, None)?;
+    let container = record(context, &options.id, plan, None, None)?;
     let created = hand_over(context, options, plan, &container);
     if created.is_err()
         && let Err(error) = lifecycle::destroy(&container)
@@ -183,25 +184,34 @@ fn hand_over(
     plan: &Plan,
     container: &Container,
 ) -> Result<(), Error> {
-    let order = Order::Container(Box::new(order(context, options, plan, true)?));
+    let stand_in = stand_in::spawn(&options.id, &plan.loaded.spec)?;
+    let order = Order::Container(Box::new(order(context, options, plan, stand_in.pid)?));
     let held = container.open_held(MONITOR_LOCK)?;
     let mut monitor = monitor::spawn(&context.monitor_options()?, Some(held))?;
-    let identity = ProcessIdentity::of(monitor.pid())
-        .map_err(|error| Error::Io("identify the monitor process", error))?;
+    let processes = (identity(monitor.pid())?, identity(stand_in.pid)?);
     {
         let locked = container.lock()?;
         let mut record = container.record()?;
-        record.monitor = Some(identity);
+        (record.monitor, record.process) = (Some(processes.0), Some(processes.1));
         locked.write(&record)?;
     }
     let console = options.console_socket.as_deref().map(console).transpose()?;
-    monitor.order(&order, console.as_ref().map(Console::slave))?;
+    let mut descriptors = vec![stand_in.socket.as_fd()];
+    descriptors.extend(console.as_ref().map(Console::slave));
+    monitor.order(&order, &descriptors)?;
     drop(console);
+    // From here on it ends with the monitor.
+    drop(stand_in.socket);
     monitor.outcome()?;
     if let Some(path) = &options.pid_file {
-        write_pid_file(path, identity.pid)?;
+        write_pid_file(path, stand_in.pid)?;
     }
     Ok(())
+}
+
+/// Of a process that was just made.
+pub(super) fn identity(pid: u32) -> Result<ProcessIdentity, Error> {
+    ProcessIdentity::of(pid).map_err(|error| Error::Io("identify a process", error))
 }
 
 /// A terminal whose master goes to the socket at once, so that whoever waits for it can begin.

@@ -118,10 +118,8 @@ fn detached(
     let mut monitor = monitor::spawn(&context.monitor_options()?, None)?;
     let pid = monitor.pid();
     let console = socket.map(console).transpose()?;
-    monitor.order(
-        &Order::Exec(order.clone()),
-        console.as_ref().map(Console::slave),
-    )?;
+    let terminal: Vec<_> = console.as_ref().map(Console::slave).into_iter().collect();
+    monitor.order(&Order::Exec(order.clone()), &terminal)?;
     drop(console);
     monitor.outcome()?;
     if let Some(path) = &options.pid_file {

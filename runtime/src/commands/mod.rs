@@ -37,7 +37,7 @@ use crate::{
     hooks::HookError,
     lifecycle::DestroyError,
     log::LogFormat,
-    monitor::{HandoverError, LaunchError, ViewError},
+    monitor::{HandoverError, LaunchError, StandInError},
     pod::PodError,
     signal::UnknownSignal,
     spec::{LabelError, SpecError, UnknownProperties},
@@ -108,7 +108,7 @@ pub enum Error {
         source: io::Error,
     },
     #[error(transparent)]
-    View(#[from] ViewError),
+    StandIn(#[from] StandInError),
     #[error("cannot {0}")]
     Io(&'static str, #[source] io::Error),
 }

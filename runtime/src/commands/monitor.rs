@@ -18,19 +18,21 @@ pub(super) const START_VM: VmStarter<'static> =
     &|program, log| Ok(Box::new(VmProcess::start(program, log)?) as Box<dyn Vm>);
 
 pub(super) fn monitor(context: &Context) -> Result<u8, Error> {
-    let Some((socket, order, terminal)) = monitor::receive()? else {
+    let Some(received) = monitor::receive()? else {
         return Ok(0);
     };
     // As a container's process would: nobody's terminal controls it but the container's own.
     rustix::process::setsid().map_err(|error| Error::Io("make a session", error.into()))?;
-    let host = host_stdio(terminal)?;
+    let host = host_stdio(received.terminal)?;
     std::env::set_current_dir("/").map_err(|error| Error::Io("change to /", error))?;
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
-    let result = match order {
-        Order::Container(order) => monitor::beside(|stand_in| {
+    let socket = received.socket;
+    let result = match received.order {
+        Order::Container(order) => {
+            let stand_in = received.stand_in;
+            let stand_in = stand_in.map(|socket| StandIn::new(socket, order.pid));
             container(context, &order, socket, host, &mut signals, stand_in)
-        })
-        .unwrap_or_else(|error| Err(Error::Io("start a thread", error))),
+        }
         Order::Exec(order) => exec(context, &order, socket, host, &mut signals),
     };
     result.map(|status| u8::try_from(status).unwrap_or(255))
@@ -62,7 +64,7 @@ fn container(
     socket: UnixStream,
     host: HostStdio,
     signals: &mut Signals,
-    stand_in: &StandIn,
+    stand_in: Option<StandIn>,
 ) -> Result<i32, Error> {
     let container = context.root.open(&order.id)?;
     let made = container
@@ -71,22 +73,20 @@ fn container(
         .and_then(|bytes| Ok(Loaded::parse(order.bundle.clone(), bytes)?))
         .and_then(|loaded| {
             let checked = check::check(&loaded)?;
-            let sandbox = launch(
+            Ok(launch(
                 order,
                 (&loaded, &checked),
                 &container,
                 START_VM,
                 signals,
                 host,
-                Some(stand_in),
-            )?;
-            sandbox.show(stand_in)?;
-            Ok(sandbox)
+                stand_in,
+            )?)
         });
     match made {
         Ok(sandbox) => {
             // A command that is gone was killed: nobody knows of the container, so it ends here.
-            monitor::report(socket, &Outcome::Done)
+            monitor::report(&socket, &Outcome::Done)
                 .map_err(|error| Error::Io("report that the container is created", error))?;
             let ended = sandbox.supervise(signals);
             ended.record(&container);
@@ -106,7 +106,7 @@ fn exec(
     let container = context.root.open(&order.id)?;
     match monitor::join(&container, order, host) {
         Ok(mut process) => {
-            monitor::report(socket, &Outcome::Done)
+            monitor::report(&socket, &Outcome::Done)
                 .map_err(|error| Error::Io("report that the process runs", error))?;
             process
                 .run(signals, None)
@@ -122,7 +122,7 @@ fn failed(socket: UnixStream, failure: &Error) -> Result<i32, Error> {
         message: error::chain(failure),
         exit_code: error::exit_code(failure),
     };
-    if monitor::report(socket, &outcome).is_err() {
+    if monitor::report(&socket, &outcome).is_err() {
         tracing::error!("{}", error::chain(failure));
     }
     Ok(error::FAILURE.into())

@@ -6,7 +6,7 @@ use super::{Context, Error, create, create::Plan, monitor::START_VM, start, writ
 use crate::{
     cli::Run,
     lifecycle,
-    monitor::{self, Ended, HostStdio, StandIn, launch},
+    monitor::{Ended, HostStdio, StandIn, launch, stand_in},
     state::{Container, ProcessIdentity},
     stdio::{RawTerminal, Signals},
     wait::Deadline,
@@ -38,19 +38,16 @@ pub(super) fn run(context: &Context, options: &Run) -> Result<u8, Error> {
     }
     let own = ProcessIdentity::own().map_err(|error| Error::Io("read /proc/self/stat", error))?;
     let mut signals = Signals::catch().map_err(|error| Error::Io("catch signals", error))?;
-    let container = create::record(context, &options.create.id, &plan, Some(own))?;
-    let stood = monitor::beside(|stand_in| {
-        let result = attached(context, options, &plan, &container, &mut signals, stand_in);
-        match &result {
-            Ok(ended) if options.keep => ended.record(&container),
-            _ => clean_up(&container),
-        }
-        result.map(|ended| u8::try_from(ended.finish()).unwrap_or(255))
-    });
-    stood.unwrap_or_else(|error| {
-        clean_up(&container);
-        Err(Error::Io("start a thread", error))
-    })
+    let spawned = stand_in::spawn(&options.create.id, &plan.loaded.spec)?;
+    let process = create::identity(spawned.pid)?;
+    let stand_in = StandIn::new(spawned.socket, spawned.pid);
+    let container = create::record(context, &options.create.id, &plan, Some(own), Some(process))?;
+    let result = attached(context, options, &plan, &container, &mut signals, stand_in);
+    match &result {
+        Ok(ended) if options.keep => ended.record(&container),
+        _ => clean_up(&container),
+    }
+    result.map(|ended| u8::try_from(ended.finish()).unwrap_or(255))
 }
 
 /// Being the monitor ourselves.
@@ -60,9 +57,9 @@ fn attached(
     plan: &Plan,
     container: &Container,
     signals: &mut Signals,
-    stand_in: &StandIn,
+    stand_in: StandIn,
 ) -> Result<Ended, Error> {
-    let order = create::order(context, &options.create, plan, false)?;
+    let order = create::order(context, &options.create, plan, stand_in.pid())?;
     let host = match plan.checked.terminal {
         true => HostStdio::Terminal(RawTerminal::enter()?),
         false => HostStdio::Standard,
@@ -76,9 +73,8 @@ fn attached(
         host,
         Some(stand_in),
     )?;
-    sandbox.show(stand_in)?;
     if let Some(path) = &options.create.pid_file {
-        write_pid_file(path, std::process::id())?;
+        write_pid_file(path, order.pid)?;
     }
     start::record_started(container, || {
         Ok(sandbox.start(Deadline::after(Duration::from_secs(60)))?)

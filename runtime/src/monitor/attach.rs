@@ -8,6 +8,7 @@ use bulkhead_agent_protocol::messages::{
 };
 use rustix::event::{PollFd, PollFlags};
 
+use super::StandIn;
 use crate::{
     agent::{
         self, Streams,
@@ -75,6 +76,8 @@ pub struct Owned<'s, 'a> {
     pub vm: &'s mut dyn Vm,
     /// The network.
     pub network: Option<&'s mut Network<'a>>,
+    /// Who engines send signals to.
+    pub stand_in: Option<&'s mut StandIn>,
 }
 
 /// A process that this one stands for.
@@ -130,9 +133,13 @@ impl Attached {
         signals: &mut Signals,
         mut sandbox: Option<Owned<'_, '_>>,
     ) -> io::Result<i32> {
-        // An answer may have come while another was waited for.
+        // An answer may have come while another was waited for, and a signal.
         self.listen(&mut sandbox);
+        let mut signalled = true;
         loop {
+            if signalled && !self.heed(&mut sandbox) {
+                return Ok(self.status.unwrap_or(KILLED));
+            }
             if let Some(status) = self.status.filter(|_| self.relay.outputs_ended()) {
                 return Ok(status);
             }
@@ -150,6 +157,9 @@ impl Attached {
             descriptors.extend(rpc);
             let relayed = descriptors.len();
             descriptors.extend(self.relay.poll_fds());
+            let stand_in = sandbox.as_ref().and_then(|own| own.stand_in.as_ref());
+            let relayed = relayed..descriptors.len();
+            descriptors.extend(stand_in.map(|stand_in| stand_in.poll_fd()));
             // Silence counts only while it is the guest's turn.
             let deadline = (self.status.is_some() && self.relay.waits_for_guest())
                 .then(|| Deadline::after(SILENCE));
@@ -176,11 +186,26 @@ impl Attached {
             if connected && happened.next() == Some(true) {
                 self.listen(&mut sandbox);
             }
+            signalled = events[relayed.end..]
+                .iter()
+                .any(|events| !events.is_empty());
             self.ask_for_network(&mut sandbox);
-            if let Err(error) = self.relay.advance(&events[relayed..]) {
+            if let Err(error) = self.relay.advance(&events[relayed]) {
                 tracing::error!("{}", crate::error::chain(&error));
             }
         }
+    }
+
+    /// Forwards what was sent to the stand-in. False if that was killed, as one kills a container's
+    /// process.
+    fn heed(&mut self, sandbox: &mut Option<Owned<'_, '_>>) -> bool {
+        let stand_in = sandbox.as_mut().and_then(|own| own.stand_in.as_mut());
+        match stand_in.map(|stand_in| stand_in.caught()) {
+            Some(Ok(caught)) => self.forward(caught),
+            Some(Err(_)) => return false,
+            None => {}
+        }
+        true
     }
 
     fn forward(&mut self, caught: Vec<Caught>) {

@@ -4,12 +4,12 @@
 //! standard output, a file whose lock shows that it is there. Nothing happens until the socket brings an [`Order`], so the
 //! command can first write down the monitor's pid: no process is ever at work unrecorded, and a
 //! monitor whose command dies ends by itself. With the order come, as SCM_RIGHTS, the command's
-//! standard input and output and, for a process with a terminal, the terminal. Back comes one [`Outcome`].
+//! standard input and output, for a container the way to its stand-in and, for a process with a terminal, the
+//! terminal. Back comes one [`Outcome`].
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, IoSlice, IoSliceMut, IsTerminal, Write},
-    mem::MaybeUninit,
+    io::{self, IsTerminal},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
@@ -17,14 +17,14 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{exec::ExecOrder, order::ContainerOrder};
+use super::{
+    exec::ExecOrder,
+    line::{self, Lines},
+    order::ContainerOrder,
+};
 
 /// What a monitor is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,15 +101,8 @@ impl Waiting {
     }
 
     /// Lets the monitor work; it gets this process's standard input (unless that is a
-    /// terminal) and output, and the terminal that was made for it.
-    pub fn order(
-        &mut self,
-        order: &Order,
-        terminal: Option<BorrowedFd<'_>>,
-    ) -> Result<(), HandoverError> {
-        let mut line =
-            serde_json::to_vec(order).map_err(|error| io_error("instruct")(error.into()))?;
-        line.push(b'\n');
+    /// terminal) and output, and what else belongs to the order.
+    pub fn order(&mut self, order: &Order, more: &[BorrowedFd<'_>]) -> Result<(), HandoverError> {
         let (stdin, stdout) = (io::stdin(), io::stdout());
         // A process in the background that reads whatever comes would take what the user types
         // for the shell.
@@ -119,38 +112,20 @@ impl Waiting {
             .transpose()
             .map_err(io_error("instruct"))?;
         let input = null.as_ref().map_or(stdin.as_fd(), File::as_fd);
-        let mut descriptors = vec![input, stdout.as_fd()];
-        descriptors.extend(terminal);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&descriptors));
-        let sent = rustix::net::sendmsg(
-            &self.socket,
-            &[IoSlice::new(&line)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )
-        .map_err(|error| io_error("instruct")(error.into()))?;
-        self.socket
-            .write_all(&line[sent..])
-            .map_err(io_error("instruct"))
+        let descriptors = [&[input, stdout.as_fd()], more].concat();
+        line::send(&self.socket, order, &descriptors).map_err(io_error("instruct"))
     }
 
     /// Waits for the outcome.
     pub fn outcome(mut self) -> Result<(), HandoverError> {
-        let mut line = String::new();
-        BufReader::new(&self.socket)
-            .read_line(&mut line)
-            .map_err(io_error("hear from"))?;
-        if line.is_empty() {
+        let outcome = Lines::new(self.socket).wait();
+        let Some(outcome) = outcome.map_err(io_error("hear from"))? else {
             let status = self
                 .child
                 .wait()
                 .map_or(String::new(), |status| format!(" ({status})"));
             return Err(HandoverError::Gone(status));
-        }
-        let outcome =
-            serde_json::from_str(&line).map_err(|error| io_error("hear from")(error.into()))?;
+        };
         match outcome {
             Outcome::Done => Ok(()),
             Outcome::Failed { message, exit_code } => {
@@ -162,49 +137,48 @@ impl Waiting {
     }
 }
 
+/// What a monitor was told, and what came with it.
+#[derive(Debug)]
+pub struct Received {
+    /// Where to report.
+    pub socket: UnixStream,
+    /// What to do.
+    pub order: Order,
+    /// The way to the stand-in, for a container.
+    pub stand_in: Option<OwnedFd>,
+    /// The terminal, if the process has one.
+    pub terminal: Option<OwnedFd>,
+}
+
 /// The monitor's side: waits for the order, then takes the descriptors that came with it.
 /// `None` when the command has ended without giving one.
-pub fn receive() -> Result<Option<(UnixStream, Order, Option<OwnedFd>)>, HandoverError> {
+pub fn receive() -> Result<Option<Received>, HandoverError> {
+    let failed = || io_error("receive the order of");
     let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)
         .map(UnixStream::from)
-        .map_err(|error| io_error("receive the order of")(error.into()))?;
-    let mut descriptors = Vec::new();
-    let mut line = Vec::new();
-    while !line.ends_with(b"\n") {
-        let mut buffer = [0; 4096];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = rustix::net::recvmsg(
-            &socket,
-            &mut [IoSliceMut::new(&mut buffer)],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        )
-        .map_err(|error| io_error("receive the order of")(error.into()))?;
-        if received.bytes == 0 {
-            return Ok(None);
-        }
-        line.extend_from_slice(&buffer[..received.bytes]);
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
-    }
-    let order = serde_json::from_slice(&line)
-        .map_err(|error| io_error("receive the order of")(error.into()))?;
-    let mut descriptors = descriptors.into_iter();
-    if let (Some(stdin), Some(stdout)) = (descriptors.next(), descriptors.next()) {
+        .map_err(|error| failed()(error.into()))?;
+    let mut lines = Lines::new(socket);
+    let Some(order) = lines.wait().map_err(failed())? else {
+        return Ok(None);
+    };
+    if let (Some(stdin), Some(stdout)) = (lines.descriptor(), lines.descriptor()) {
         rustix::stdio::dup2_stdin(&stdin)
             .and_then(|()| rustix::stdio::dup2_stdout(&stdout))
-            .map_err(|error| io_error("receive the order of")(error.into()))?;
+            .map_err(|error| failed()(error.into()))?;
     }
-    Ok(Some((socket, order, descriptors.next())))
+    let stand_in = match &order {
+        Order::Container(_) => lines.descriptor(),
+        Order::Exec(_) => None,
+    };
+    Ok(Some(Received {
+        stand_in,
+        terminal: lines.descriptor(),
+        socket: lines.into_socket(),
+        order,
+    }))
 }
 
 /// The monitor's side: reports. Fails when the command is gone.
-pub fn report(mut socket: UnixStream, outcome: &Outcome) -> io::Result<()> {
-    let mut line = serde_json::to_vec(outcome)?;
-    line.push(b'\n');
-    socket.write_all(&line)
+pub fn report(socket: &UnixStream, outcome: &Outcome) -> io::Result<()> {
+    line::send(socket, outcome, &[])
 }

@@ -1,8 +1,8 @@
-//! This process's place in the container's cgroup: engines take the cgroup of the container's process
-//! for the container's (containerd's and Podman's statistics do), and that process is this one.
+//! The stand-in's place in the container's cgroup: engines take the cgroup of the container's process
+//! for the container's (containerd's and Podman's statistics do).
 //!
-//! To be moved, a process with threads waits for a grace period of the host's kernel, which takes
-//! longer than anything else here: so it is done by a thread while others are waited for anyway.
+//! Who moves a process waits for a grace period of the host's kernel, which takes longer than anything
+//! else here: so it is done by a thread while others are waited for anyway.
 
 use std::{
     io, panic,
@@ -11,55 +11,35 @@ use std::{
 
 use crate::cgroup::{Cgroup, CgroupError};
 
-/// On the way into the cgroup.
-#[derive(Debug)]
+/// On the way into the cgroup, if anybody is.
+#[derive(Debug, Default)]
 pub(super) struct Membership {
-    /// Whether the process is to be there at all.
-    wanted: bool,
     moving: Option<JoinHandle<Result<(), CgroupError>>>,
 }
 
 impl Membership {
-    pub(super) fn new(wanted: bool) -> Self {
-        Self {
-            wanted,
-            moving: None,
-        }
-    }
-
-    /// Begins to move the process, if nobody has yet.
-    pub(super) fn begin(&mut self, cgroup: &Cgroup) -> io::Result<()> {
-        if self.wanted {
-            self.wanted = false;
-            let cgroup = cgroup.clone();
-            let thread = thread::Builder::new().name("cgroup".to_owned());
-            self.moving = Some(thread.spawn(move || enter(&cgroup))?);
-        }
+    /// Begins to move the process.
+    pub(super) fn begin(&mut self, cgroup: &Cgroup, pid: u32) -> io::Result<()> {
+        let cgroup = cgroup.clone();
+        let thread = thread::Builder::new().name("cgroup".to_owned());
+        self.moving = Some(thread.spawn(move || cgroup.place(pid))?);
         Ok(())
     }
 
-    /// The process is in the cgroup after this, whether its move was begun or not.
-    pub(super) fn settle(&mut self, cgroup: &Cgroup) -> Result<(), CgroupError> {
-        match self.moved() {
-            Some(moved) => moved,
-            None if self.wanted => enter(cgroup),
-            None => Ok(()),
-        }
-    }
-
-    fn moved(&mut self) -> Option<Result<(), CgroupError>> {
-        let moved = self.moving.take()?.join();
-        Some(moved.unwrap_or_else(|payload| panic::resume_unwind(payload)))
+    /// The process is in the cgroup after this.
+    pub(super) fn settle(&mut self) -> Result<(), CgroupError> {
+        let Some(moving) = self.moving.take() else {
+            return Ok(());
+        };
+        moving
+            .join()
+            .unwrap_or_else(|payload| panic::resume_unwind(payload))
     }
 }
 
 impl Drop for Membership {
-    /// Whoever leaves the cgroup or removes it does not race with a thread that enters it.
+    /// Whoever removes the cgroup does not race with a process that enters it.
     fn drop(&mut self) {
-        let _ = self.moved();
+        let _ = self.settle();
     }
-}
-
-fn enter(cgroup: &Cgroup) -> Result<(), CgroupError> {
-    cgroup.place(std::process::id())
 }

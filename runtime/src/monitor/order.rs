@@ -54,9 +54,8 @@ pub struct ContainerOrder {
     pub spare_places: u8,
     /// What form `linux.cgroupsPath` has.
     pub cgroup_driver: Driver,
-    /// Whether the monitor belongs to the container: a `run` in the foreground is its caller's, who has
-    /// put it into a cgroup.
-    pub in_background: bool,
+    /// The pid of the stand-in.
+    pub pid: u32,
     /// The VM that it joins, if it gets none of its own.
     pub joined: Option<Joined>,
 }

@@ -8,7 +8,7 @@ use bulkhead_agent_protocol::messages::{Empty, RemoveContainerRequest, StartCont
 use thiserror::Error;
 
 use super::{
-    StandIn, View, ViewError,
+    StandIn,
     attach::{Attached, Owned},
     launch::Wiring,
 };
@@ -43,17 +43,11 @@ pub struct Sandbox<'a> {
     pub(super) timeline: Timeline,
     pub(super) timeline_file: Option<PathBuf>,
     pub(super) has_disks: bool,
-    pub(super) view: View,
     pub(super) network: Wiring<'a>,
+    pub(super) stand_in: Option<StandIn>,
 }
 
 impl Sandbox<'_> {
-    /// Moves the process's first thread to where engines look for the container's process.
-    pub fn show(&self, stand_in: &StandIn) -> Result<(), ViewError> {
-        let view = self.view.clone();
-        stand_in.run(move || view.enter())
-    }
-
     /// Lets the container's process run; the caller writes down that it does.
     pub fn start(&mut self, deadline: Deadline) -> Result<(), RpcError> {
         let id = self.container.id().to_owned();
@@ -109,6 +103,7 @@ impl Sandbox<'_> {
         let owned = Owned {
             vm: &mut *self.vm,
             network: self.network.own(),
+            stand_in: self.stand_in.as_mut(),
         };
         let status = self
             .process
@@ -116,6 +111,9 @@ impl Sandbox<'_> {
             .inspect_err(|error| tracing::error!("cannot wait for the container: {error}"))
             .unwrap_or(255);
         self.timeline.process_ended = Some(Moment::now());
+        if let Some(stand_in) = &self.stand_in {
+            stand_in.leave();
+        }
         // Files of the share lie on the host, written through; those on disks are the guest's to
         // save. After that the machine can be switched off.
         if self.has_disks
@@ -123,9 +121,6 @@ impl Sandbox<'_> {
         {
             let error = crate::error::chain(&error);
             tracing::warn!("the container's disks are left as by a power failure: {error}");
-        }
-        if let Some(network) = self.network.own() {
-            network.expect_no_more();
         }
         match self.vm.stop() {
             Ok(Stop::Ended) => {}
@@ -136,6 +131,7 @@ impl Sandbox<'_> {
             status,
             timeline: self.timeline,
             timeline_file: self.timeline_file,
+            stand_in: self.stand_in,
         }
     }
 }
@@ -146,6 +142,7 @@ pub struct Ended {
     status: i32,
     timeline: Timeline,
     timeline_file: Option<PathBuf>,
+    stand_in: Option<StandIn>,
 }
 
 impl Ended {
@@ -158,13 +155,17 @@ impl Ended {
         }
     }
 
-    /// All is done: writes the timeline if one is wanted. Returns the exit code.
+    /// All is done: writes the timeline if one is wanted, and lets the stand-in end. Returns the exit
+    /// code.
     pub fn finish(mut self) -> i32 {
         self.timeline.torn_down = Some(Moment::now());
         if let Some(path) = &self.timeline_file
             && let Err(error) = self.timeline.write(path)
         {
             tracing::error!("cannot write the timeline {}: {error}", path.display());
+        }
+        if let Some(stand_in) = self.stand_in {
+            stand_in.end(self.status);
         }
         self.status
     }

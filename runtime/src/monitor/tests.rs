@@ -92,7 +92,7 @@ fn scene() -> Scene {
             memory_mib: 256,
         },
         spare_places: 0,
-        in_background: true,
+        pid: 0,
         cgroup_driver: Driver::Cgroupfs,
         joined: None,
     };

@@ -20,7 +20,9 @@ use rustix::{
         mount_remount, move_mount, open_tree, unmount,
     },
     process::{chdir, fchdir, pivot_root},
+    thread::UnshareFlags,
 };
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
@@ -38,7 +40,7 @@ pub struct ViewError {
 }
 
 /// A container's files on the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
     root: PathBuf,
     read_only: bool,
@@ -62,7 +64,7 @@ fn without_nested(places: impl Iterator<Item = Place>) -> Vec<Place> {
 }
 
 /// Where something is mounted in the container.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Place {
     destination: PathBuf,
     /// Without one, it exists in the guest only.
@@ -70,7 +72,7 @@ struct Place {
 }
 
 /// A piece of the host's file system.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Source {
     path: PathBuf,
     read_only: bool,
@@ -182,7 +184,7 @@ fn clone_mount(path: &Path, recursive: bool) -> Result<OwnedFd, Errno> {
 /// Makes `root` the root of a mount namespace of the calling thread's own that holds nothing else.
 fn change_root(root: &OwnedFd) -> Result<(), Errno> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    sys::unshare_mounts()?;
+    sys::unshare(UnshareFlags::NEWNS)?;
     mount_change("/", private)?;
     // Only what is mounted below the old root can take its place; any directory will do.
     let whole = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
@@ -252,7 +254,7 @@ mod tests {
         }
         let thread = std::thread::spawn(move || {
             // Mounts are shared on most hosts, those of this test only with itself.
-            sys::unshare_mounts().unwrap();
+            sys::unshare(UnshareFlags::NEWNS).unwrap();
             for kind in [
                 MountPropagationFlags::PRIVATE,
                 MountPropagationFlags::SHARED,

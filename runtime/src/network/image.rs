@@ -9,7 +9,7 @@
 
 use std::{
     collections::BTreeSet,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -24,7 +24,7 @@ use super::{
     resolver,
     routes::mac_text,
     scan::{self, Link, View},
-    tap::{self, Blanks, Tap},
+    tap::{self, Tap},
 };
 use crate::{
     agent::rpc::{CallId, RpcClient, RpcError},
@@ -53,8 +53,6 @@ struct Interface {
     name: String,
     tie: Tie,
     tap: u32,
-    /// The tap, if it is to be given back when the VMM has let it go.
-    lent: Option<Tap>,
     /// The largest MTU that the guest's device can have.
     largest_mtu: u16,
     /// The tap's.
@@ -81,7 +79,6 @@ pub struct Network<'a> {
     /// As it was at the last look, if there was one.
     view: Option<View>,
     interfaces: Vec<Interface>,
-    blanks: Blanks,
     /// How many interfaces there have ever been.
     count: u64,
     /// Whether the guest's questions to a name server are passed on.
@@ -109,7 +106,6 @@ impl<'a> Network<'a> {
             changes,
             view: None,
             interfaces: Vec::new(),
-            blanks: Blanks::open(),
             count: 0,
             resolves: false,
             said: BTreeSet::new(),
@@ -122,12 +118,9 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// Takes the thread that calls what is returned to the namespace, for good.
-    pub fn enter_too(
-        &self,
-    ) -> Result<impl FnOnce() -> Result<(), NetworkError> + Send + 'static, NetworkError> {
-        let enter = self.namespace.enter_too()?;
-        Ok(move || Ok(enter()?))
+    /// The namespace that the thread is in.
+    pub fn here(&self) -> Result<OwnedFd, NetworkError> {
+        Ok(self.namespace.here()?)
     }
 
     /// The host's network namespace.
@@ -310,17 +303,13 @@ impl<'a> Network<'a> {
             name: link.name.clone(),
             tie,
             tap: 0,
-            lent: None,
             largest_mtu: link.mtu,
             mtu: link.mtu,
             admits_answers: false,
             stage: Stage::Refused,
         });
-        let tap = Tap::make(&mut self.netlink, &mut self.blanks, link.mtu)?;
-        if let Err(error) = tie.make(&mut self.netlink, tap.index) {
-            self.blanks.take_back(&mut self.netlink, tap);
-            return Err(error);
-        }
+        let tap = Tap::make(&mut self.netlink, link.mtu)?;
+        tie.make(&mut self.netlink, tap.index)?;
         let Some(interface) = self.interfaces.last_mut() else {
             return Ok(());
         };
@@ -333,15 +322,8 @@ impl<'a> Network<'a> {
             },
             &[tap.descriptor.as_fd()],
         )?;
-        interface.lent = tap.of_blank.then_some(tap);
         interface.stage = Stage::Attaching;
         Ok(())
-    }
-
-    /// No interface is to come any more. To be told before the VM ends: the host's kernel then takes
-    /// the VMM's network namespace apart, and to close a descriptor of /dev/net/tun needs the same lock.
-    pub fn expect_no_more(&mut self) {
-        self.blanks.close();
     }
 
     /// Has the VMM let all interfaces go, which the agent has done before: for a VM that goes on
@@ -391,17 +373,12 @@ impl<'a> Network<'a> {
                     interface: interface.name.clone(),
                     message: message.clone(),
                 };
-                let (tie, lent) = (interface.tie, interface.lent.take());
+                let tie = interface.tie;
                 tie.undo(&mut self.netlink)?;
-                if let Some(tap) = lent {
-                    self.blanks.take_back(&mut self.netlink, tap);
-                }
                 return Err(problem);
             }
             _ => {
-                if let Some(tap) = self.interfaces.remove(place).lent {
-                    self.blanks.take_back(&mut self.netlink, tap);
-                }
+                self.interfaces.remove(place);
             }
         }
         Ok(())

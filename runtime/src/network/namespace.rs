@@ -1,5 +1,5 @@
-//! The host's network namespace that a container's interfaces lie in. The monitor's main thread
-//! enters it and stays: so `/proc/<monitor>/ns/net` is where managers put interfaces.
+//! The host's network namespace that a container's interfaces lie in. The monitor enters it, and so does
+//! the stand-in: `/proc/<container's pid>/ns/net` is where managers put interfaces.
 //!
 //! One sandbox holds a namespace at a time, since a packet can be handed to one guest only. Who
 //! holds it shows by an abstract Unix socket, which belongs to a network namespace and is gone with
@@ -20,7 +20,7 @@ use std::{
 use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
-    thread::{LinkNameSpaceType, move_into_link_name_space},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space},
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -89,11 +89,9 @@ impl Joined {
         Ok(Self(Stay::enter(path, open(path)?.as_fd())?))
     }
 
-    /// Takes the thread that calls what is returned to the namespace, for good.
-    pub fn enter_too(
-        &self,
-    ) -> Result<impl FnOnce() -> Result<(), NamespaceError> + Send + 'static, NamespaceError> {
-        enter_too()
+    /// The namespace that the thread is in.
+    pub fn here(&self) -> Result<OwnedFd, NamespaceError> {
+        Stay::here()
     }
 
     /// The namespace that the thread came from: the host's.
@@ -175,16 +173,17 @@ pub(super) struct Stay {
 }
 
 impl Stay {
-    fn home() -> Result<OwnedFd, NamespaceError> {
+    /// The namespace that the thread is in.
+    fn here() -> Result<OwnedFd, NamespaceError> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         rustix::fs::open("/proc/thread-self/ns/net", flags, Mode::empty()).map_err(|errno| {
-            NamespaceError::Make("open the host's network namespace", errno.into())
+            NamespaceError::Make("open the present network namespace", errno.into())
         })
     }
 
     /// Enters the namespace that was opened at `path`.
     fn enter(path: &Path, namespace: BorrowedFd<'_>) -> Result<Self, NamespaceError> {
-        let home = Self::home()?;
+        let home = Self::here()?;
         setns(namespace).map_err(|errno| match errno {
             Errno::INVAL => NamespaceError::Other(path.to_owned()),
             errno => NamespaceError::Enter {
@@ -197,9 +196,9 @@ impl Stay {
 
     /// Makes an empty namespace and enters it.
     fn in_new() -> Result<Self, NamespaceError> {
-        let home = Self::home()?;
-        crate::sys::unshare_network()
-            .map_err(|error| NamespaceError::Make("make a network namespace", error))?;
+        let home = Self::here()?;
+        crate::sys::unshare(UnshareFlags::NEWNET)
+            .map_err(|error| NamespaceError::Make("make a network namespace", error.into()))?;
         Ok(Self::since(home))
     }
 
@@ -217,16 +216,6 @@ impl Drop for Stay {
             tracing::error!("cannot return to the host's network namespace: {errno}");
         }
     }
-}
-
-/// What takes a thread to the namespace that this one is in.
-fn enter_too()
--> Result<impl FnOnce() -> Result<(), NamespaceError> + Send + 'static, NamespaceError> {
-    let here = Stay::home()?;
-    Ok(move || {
-        setns(here.as_fd())
-            .map_err(|errno| NamespaceError::Make("stay in the network namespace", errno.into()))
-    })
 }
 
 /// A namespace that this sandbox holds, and that the thread is in.
@@ -282,11 +271,9 @@ impl Namespace {
         })
     }
 
-    /// Takes the thread that calls what is returned to the namespace, for good.
-    pub(super) fn enter_too(
-        &self,
-    ) -> Result<impl FnOnce() -> Result<(), NamespaceError> + Send + 'static, NamespaceError> {
-        enter_too()
+    /// The namespace that the thread is in.
+    pub(super) fn here(&self) -> Result<OwnedFd, NamespaceError> {
+        Stay::here()
     }
 
     /// The namespace that the thread came from: the host's.

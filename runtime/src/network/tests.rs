@@ -14,14 +14,16 @@ use std::{
 };
 
 use bulkhead_vmm::config::{VmCommand, VmConfig, VmEvent};
-use rustix::event::{PollFd, PollFlags};
+use rustix::{
+    event::{PollFd, PollFlags},
+    thread::UnshareFlags,
+};
 
 use super::{
     Network, NetworkError,
     namespace::{Namespace, NamespaceError},
     netlink::{Changes, Netlink},
     redirect, scan,
-    tap::{Blanks, Tap},
 };
 use crate::{
     state::{Container, ProcessIdentity, Record, StateRoot},
@@ -40,7 +42,7 @@ fn in_namespace(name: &str, commands: &str, test: impl FnOnce(&Path) + Send) {
     }
     thread::scope(|scope| {
         let finished = scope.spawn(|| {
-            crate::sys::unshare_network().unwrap();
+            crate::sys::unshare(UnshareFlags::NEWNET).unwrap();
             shell(commands);
             let thread = rustix::thread::gettid().as_raw_nonzero();
             test(Path::new(&format!(
@@ -265,7 +267,7 @@ fn traces() -> String {
 fn elsewhere(work: &(dyn Fn() + Sync)) {
     thread::scope(|scope| {
         let work = || {
-            crate::sys::unshare_network().unwrap();
+            crate::sys::unshare(UnshareFlags::NEWNET).unwrap();
             work();
         };
         scope.spawn(work).join().unwrap();
@@ -295,7 +297,7 @@ fn with_network(commands: &str, test: impl FnOnce(&mut Network<'_>, &Container) 
         thread::scope(|scope| {
             let finished = scope.spawn(|| {
                 // Its own is the host's, as far as this thread is concerned.
-                crate::sys::unshare_network().unwrap();
+                crate::sys::unshare(UnshareFlags::NEWNET).unwrap();
                 let mut network = Network::enter(&container, Some(path)).unwrap();
                 test(&mut network, &container);
             });
@@ -365,24 +367,6 @@ fn an_interface_comes_changes_and_goes() {
         network.on_set(request, true, &mut vm).unwrap();
         assert_eq!(vm.commands.len(), before + 2);
         shell("ip link add eth0 type veth peer name far");
-    });
-}
-
-#[test]
-fn a_blank_serves_again_and_again() {
-    in_namespace("a_blank_serves_again_and_again", "true", |_| {
-        let mut netlink = Netlink::open().unwrap();
-        let mut blanks = Blanks::open();
-        let mut descriptor = blanks.take().unwrap();
-        while blanks.take().is_some() {}
-        for _ in 0..3 {
-            let tap = Tap::of(descriptor, true, &mut netlink, 1400).unwrap();
-            assert!(output("ip -o link").contains("bhtap0"));
-            blanks.take_back(&mut netlink, tap);
-            assert!(!output("ip -o link").contains("bhtap"));
-            descriptor = blanks.take().unwrap();
-            assert!(blanks.take().is_none());
-        }
     });
 }
 
@@ -500,12 +484,12 @@ fn a_namespace_is_one_sandboxs_and_never_the_hosts() {
             assert!(matches!(refused, Err(NamespaceError::Host(_))));
         }
         let outside = || {
-            crate::sys::unshare_network().unwrap();
+            crate::sys::unshare(UnshareFlags::NEWNET).unwrap();
             let first = Namespace::enter(Some(path)).unwrap();
             let identity = first.identity();
             thread::scope(|scope| {
                 let second = || {
-                    crate::sys::unshare_network().unwrap();
+                    crate::sys::unshare(UnshareFlags::NEWNET).unwrap();
                     let taken = Namespace::enter(Some(path)).unwrap_err();
                     assert!(matches!(taken, NamespaceError::Taken(_)), "{taken}");
                     assert!(Namespace::again(path, identity).unwrap().is_none());

@@ -166,8 +166,8 @@ pub fn find(root: &StateRoot, paths: &[NamespacePath]) -> Result<Option<Joined>,
             containers = Some(living(root)?);
         }
         let of_process = |record: &Record| {
-            let (pid, monitor) = (process.as_ref().map(|(pid, _)| *pid), record.monitor);
-            pid.is_some() && monitor.map(|monitor| monitor.pid) == pid
+            let (pid, own) = (process.as_ref().map(|(pid, _)| *pid), record.process);
+            pid.is_some() && own.map(|own| own.pid) == pid
         };
         let mut living = containers.iter().flatten();
         let found = living.find(|(_, record)| of_process(record));
@@ -212,10 +212,10 @@ pub fn find_by_network(
     };
     let mut joined = find(root, paths)?;
     for (_, record) in living(root)? {
-        let is_its = record.monitor.is_some_and(|monitor| {
-            let own = format!("/proc/{}/ns/net", monitor.pid);
+        let is_its = record.process.is_some_and(|process| {
+            let own = format!("/proc/{}/ns/net", process.pid);
             // Looked at while it lives, so that the number means it.
-            identity(Path::new(&own)) == Some(wanted) && monitor.is_alive()
+            identity(Path::new(&own)) == Some(wanted) && process.is_alive()
         });
         let status = record.current_status();
         if is_its && status != ContainerStatus::Creating {
@@ -363,7 +363,7 @@ mod tests {
         let own = ProcessIdentity::own().unwrap();
         let container = root.create(id).unwrap();
         let mut record = Record::new(id, Path::new("/b"), "1.2.0", own);
-        (record.monitor, record.vmm) = (Some(own), Some(own));
+        (record.monitor, record.process, record.vmm) = (Some(own), Some(own), Some(own));
         record.status = ContainerStatus::Running;
         record.guest.memory_mib = 256;
         change(&mut record);

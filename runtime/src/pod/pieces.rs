@@ -24,7 +24,7 @@ use rustix::{
         mount_change, move_mount, open_tree, unmount,
     },
     process::umask,
-    thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
+    thread::{ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces},
 };
 use thiserror::Error;
 
@@ -149,7 +149,7 @@ fn mount_overlay(overlay: &Overlay) -> Result<OwnedFd, PieceError> {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         let (kind, flags) = ("overlay", MountFlags::empty());
         let tree = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        sys::unshare_mounts()
+        sys::unshare(UnshareFlags::NEWNS)
             .and_then(|()| mount_change("/", private))
             .and_then(|()| mount(kind, &overlay.lower, kind, flags, Some(&*options)))
             .and_then(|()| open_tree(CWD, &overlay.lower, tree))
@@ -191,7 +191,8 @@ fn inside(
     work: impl FnOnce(BorrowedFd<'_>) -> Result<(), PieceError> + Send,
 ) -> Result<(), PieceError> {
     let task = move || {
-        sys::unshare_filesystem().map_err(enter("leave the directories of the other threads"))?;
+        sys::unshare(UnshareFlags::FS)
+            .map_err(enter("leave the directories of the other threads"))?;
         // The thread's own from here on. What is made has the mode that it is given.
         umask(Mode::empty());
         move_into_thread_name_spaces(process.as_fd(), ThreadNameSpaceType::MOUNT)

@@ -36,6 +36,9 @@ pub struct Record {
     pub creator: ProcessIdentity,
     /// The monitor, from the moment it may do anything.
     pub monitor: Option<ProcessIdentity>,
+    /// The stand-in, whose pid is the container's; from the same moment.
+    #[serde(default)]
+    pub process: Option<ProcessIdentity>,
     /// The VM, from the moment it may do anything.
     pub vmm: Option<ProcessIdentity>,
     /// Host cgroup directories that belong to the container alone, deepest first.
@@ -67,7 +70,7 @@ pub struct Record {
 pub struct View {
     pub oci_version: String,
     pub id: String,
-    /// The monitor's; 0 when stopped.
+    /// The stand-in's; 0 when stopped.
     pub pid: u32,
     pub status: ContainerStatus,
     pub bundle: PathBuf,
@@ -105,6 +108,7 @@ impl Record {
             status: ContainerStatus::Creating,
             creator,
             monitor: None,
+            process: None,
             vmm: None,
             cgroups: Vec::new(),
             cgroup: Vec::new(),
@@ -128,7 +132,8 @@ impl Record {
                 None => return ContainerStatus::Stopped,
             },
         };
-        if maker.is_alive() {
+        // Whoever kills the stand-in has ended the container: the monitor takes the rest down.
+        if maker.is_alive() && self.process.is_none_or(ProcessIdentity::is_alive) {
             self.status
         } else {
             self.status
@@ -145,7 +150,7 @@ impl Record {
             id: self.id.clone(),
             pid: match status {
                 ContainerStatus::Stopped => 0,
-                _ => self.monitor.map_or(0, |monitor| monitor.pid),
+                _ => self.process.map_or(0, |process| process.pid),
             },
             status,
             bundle: self.bundle.clone(),
@@ -173,11 +178,13 @@ mod tests {
         assert_eq!(record.current_status(), ContainerStatus::Creating);
         record.creator = gone;
         assert_eq!(record.current_status(), ContainerStatus::Stopped);
-        record.monitor = Some(own);
+        (record.monitor, record.process) = (Some(own), Some(own));
         record.status = ContainerStatus::Running;
         assert_eq!(record.view().status, ContainerStatus::Running);
         assert_eq!(record.view().pid, own.pid);
-        record.monitor = Some(gone);
+        record.process = Some(gone);
+        assert_eq!(record.view().status, ContainerStatus::Stopped);
+        (record.monitor, record.process) = (Some(gone), Some(own));
         assert_eq!(record.view().status, ContainerStatus::Stopped);
         assert_eq!(record.view().pid, 0);
     }

@@ -3,6 +3,7 @@
 use std::{io, os::unix::net::UnixStream};
 
 use rustix::event::{PollFd, PollFlags};
+use serde::{Deserialize, Serialize};
 use signal_hook::{
     consts::signal::{
         SIGBUS, SIGCHLD, SIGFPE, SIGHUP, SIGILL, SIGINT, SIGKILL, SIGPIPE, SIGQUIT, SIGSEGV,
@@ -12,7 +13,8 @@ use signal_hook::{
 };
 
 /// A signal that was caught.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Caught {
     /// The terminal's size has changed.
     Resized,

@@ -9,15 +9,16 @@ use anyhow::{Context, Result, ensure};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::process::Signal;
 
-use crate::leftovers::{descendants, entries};
+use crate::bundle::Bundle;
+use crate::leftovers::{command_line, descendants, entries};
 use crate::process::{Other, Process, wait_readable};
 use crate::scene::{Created, Scene};
 
-use super::vm::vmm;
+use super::{pods, vm::vmm};
 
 super::cases!(crash;
     common: container_process_killed;
-    vm: monitor_killed, vmm_killed, all_killed, runtime_killed_in_foreground, create_killed_by_events,
+    vm: monitor_killed, behind_the_stand_in, vmm_killed, all_killed, runtime_killed_in_foreground, create_killed_by_events, create_of_a_member_killed_by_events,
         create_killed_by_time);
 
 fn idle(scene: &Scene) -> Result<Created> {
@@ -57,6 +58,23 @@ fn monitor_killed(scene: &Scene) -> Result<()> {
         scene.expect_nothing_left()?;
     }
     Ok(())
+}
+
+/// The monitor itself goes, rather than the process that stands for the container's.
+fn behind_the_stand_in(scene: &Scene) -> Result<()> {
+    let container = idle(scene)?;
+    let stand_in = container.process()?;
+    let is_monitor = |pid: &i32| command_line(*pid).trim_end().ends_with("monitor");
+    let monitor = descendants()?.into_iter().find(is_monitor);
+    let monitor = Other::open(monitor.context("no monitor")?)?;
+    let machine = Other::open(vmm()?)?;
+    monitor.signal(Signal::KILL)?;
+    let code = stand_in.exit_code().context("it outlives the monitor")?;
+    ensure!(code == 137, "exit code {code}");
+    machine.wait().context("the VMM outlives its monitor")?;
+    scene.expect_status(&container.id, "stopped")?;
+    scene.destroy(&container.id)?;
+    scene.expect_nothing_left()
 }
 
 fn vmm_killed(scene: &Scene) -> Result<()> {
@@ -105,7 +123,11 @@ fn runtime_killed_in_foreground(scene: &Scene) -> Result<()> {
 
 /// Starts `create` and gives what is needed to kill it.
 fn start_create(scene: &Scene, id: &str) -> Result<Process> {
-    let bundle = scene.bundle()?.shell("sleep 1000");
+    start_create_of(scene, id, scene.bundle()?)
+}
+
+fn start_create_of(scene: &Scene, id: &str, bundle: Bundle) -> Result<Process> {
+    let bundle = bundle.shell("sleep 1000");
     bundle.write()?;
     let mut command = scene.command(&["create".as_ref(), "--bundle".as_ref(), bundle.as_os_str()]);
     command.arg(id);
@@ -132,6 +154,38 @@ fn create_killed_by_events(scene: &Scene) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The same with one that joins another's machine, which goes on.
+fn create_of_a_member_killed_by_events(scene: &Scene) -> Result<()> {
+    const MOST: u32 = 24;
+    let first = idle(scene)?;
+    let machine = vmm()?;
+    for count in 1..=MOST {
+        let id = scene.id();
+        let events = Events::new(scene)?;
+        let bundle = pods::joining(scene.bundle()?, first.pid, &pods::PODS);
+        let mut process = start_create_of(scene, &id, bundle)?;
+        let reached = events.wait_for(count, &process)?;
+        process.signal(Signal::KILL)?;
+        process.wait()?;
+        scene.destroy(&id)?;
+        let place = format!("killed at event {count} of the state directory");
+        let left = pods::pieces(machine, &id)?;
+        ensure!(left == 0, "{left} pieces of its files are left, {place}");
+        let left: Vec<_> = entries(&scene.root)
+            .into_iter()
+            .filter(|name| *name != first.id)
+            .collect();
+        ensure!(left.is_empty(), "{left:?} is left, {place}");
+        scene.call(&["exec", &first.id, "/bin/true"])?.ok()?;
+        if !reached {
+            break;
+        }
+    }
+    ensure!(vmm()? == machine, "another machine");
+    scene.destroy(&first.id)?;
+    scene.expect_nothing_left()
 }
 
 /// Kills `create` after each eighth of the time that it takes.

@@ -189,8 +189,8 @@ fn version(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// The caller of a `run` in the foreground has put it into a cgroup; the virtual machine is in the
-/// container's.
+/// The caller of a `run` in the foreground has put it into a cgroup; the virtual machine and the
+/// container's pid are in the container's.
 fn foreground_cgroup(scene: &Scene) -> Result<()> {
     let cgroup = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cgroup"));
     let bundle = scene.bundle()?.shell("echo up; read x");
@@ -198,14 +198,16 @@ fn foreground_cgroup(scene: &Scene) -> Result<()> {
     let path = path.as_str().context("cgroupsPath")?.to_owned();
     let (id, mut process) = scene.start_named(&bundle)?;
     process.wait_for("up\n")?;
-    let pid = scene.state(&id)?["pid"].clone();
-    let (own, monitor) = (cgroup("self")?, cgroup(&pid.to_string())?);
-    ensure!(monitor == own, "{monitor}, not {own}");
-    let machine = cgroup(&super::vm::vmm()?.to_string())?;
-    ensure!(
-        machine.lines().all(|line| line.ends_with(&path)),
-        "{machine}"
+    let (own, monitor) = (
+        cgroup("self")?,
+        cgroup(&process.pid()?.as_raw_nonzero().to_string())?,
     );
+    ensure!(monitor == own, "{monitor}, not {own}");
+    let pid = scene.state(&id)?["pid"].to_string();
+    for pid in [pid, super::vm::vmm()?.to_string()] {
+        let place = cgroup(&pid)?;
+        ensure!(place.lines().all(|line| line.ends_with(&path)), "{place}");
+    }
     process.send(b"\n")?;
     process.finish()?.ok()?;
     scene.expect_nothing_left()

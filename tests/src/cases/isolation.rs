@@ -2,15 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::bundle::Bundle;
+use crate::process::Process;
 use crate::runtime::Runtime;
 use crate::scene::{Scene, skip};
 
 super::cases!(isolation;
-    common: namespaces, network, user_namespace, sysctls, mounts;
+    common: namespaces, network, user_namespace, behind_the_pid, sysctls, mounts;
     vm: every_namespace);
 
 fn namespaces(scene: &Scene) -> Result<()> {
@@ -69,18 +72,16 @@ fn network(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-fn user_namespace(scene: &Scene) -> Result<()> {
-    let bundle = scene
-        .bundle()?
-        .shell("id -u; cat /proc/self/uid_map /proc/self/gid_map")
-        .with(|spec| {
-            if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-                namespaces.push(json!({ "type": "user" }));
-            }
-            let mapping = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
-            spec["linux"]["uidMappings"] = mapping.clone();
-            spec["linux"]["gidMappings"] = mapping;
-        });
+/// A bundle with a user namespace, to whose root its files belong.
+fn mapped(scene: &Scene, script: &str) -> Result<Bundle> {
+    let bundle = scene.bundle()?.shell(script).with(|spec| {
+        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+            namespaces.push(json!({ "type": "user" }));
+        }
+        let mapping = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping;
+    });
     // The mapped root owns its root filesystem and may pass through to it.
     let mut places = vec![bundle.rootfs()];
     while let Some(place) = places.pop() {
@@ -96,6 +97,11 @@ fn user_namespace(scene: &Scene) -> Result<()> {
     {
         fs::set_permissions(place, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     }
+    Ok(bundle)
+}
+
+fn user_namespace(scene: &Scene) -> Result<()> {
+    let bundle = mapped(scene, "id -u; cat /proc/self/uid_map /proc/self/gid_map")?;
     let output = scene.run(&bundle)?;
     if scene.runtime == Runtime::Bulkhead && output.errors().contains("user is not supported") {
         ensure!(output.code() != 0, "refused, and yet: {output}");
@@ -109,6 +115,37 @@ fn user_namespace(scene: &Scene) -> Result<()> {
         "user and mappings: {text}"
     );
     Ok(())
+}
+
+/// Who enters what is behind the container's pid on the host does not find the host's own.
+fn behind_the_pid(scene: &Scene) -> Result<()> {
+    const KINDS: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "pid", "uts"];
+    let of = |pid: &str, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+    for with_users in [false, true] {
+        let bundle = if with_users {
+            mapped(scene, "true")?
+        } else {
+            scene.bundle()?
+        };
+        let container = scene.create(&bundle)?;
+        let pid = container.pid.to_string();
+        for kind in KINDS.into_iter().chain(with_users.then_some("user")) {
+            let (host, container) = (of("self", kind)?, of(&pid, kind)?);
+            ensure!(host != container, "{kind} is the host's: {host:?}");
+        }
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &pid, "--uts", "hostname"]);
+        let name = Process::spawn(command)?.finish()?.ok()?.text();
+        ensure!(name == "tested\n", "host name: {name:?}");
+        for file in ["uid_map", "gid_map"] {
+            let map = fs::read_to_string(format!("/proc/{pid}/{file}"))?;
+            let map: Vec<_> = map.split_whitespace().collect();
+            let own = ["0", "100000", "65536"];
+            ensure!(!with_users || map == own, "{file}: {map:?}");
+        }
+        scene.destroy(&container.id)?;
+    }
+    scene.expect_nothing_left()
 }
 
 fn sysctls(scene: &Scene) -> Result<()> {

@@ -16,11 +16,11 @@ use crate::scene::{Created, Scene};
 
 super::cases!(pods;
     common: shares_what_is_named, shares_processes, own_files, ends_in_any_order, run_in_the_foreground,
-        shared_memory, limits_of_its_own, joins_a_member;
+        shared_memory, limits_of_its_own, joins_a_member, shared_behind_the_pids;
     vm: one_machine, monitor_of_a_member_killed, monitor_of_the_first_killed, machine_killed, everything_killed,
         a_disk_of_its_own, refusals, shown_together);
 
-const PODS: [&str; 3] = ["network", "ipc", "uts"];
+pub(super) const PODS: [&str; 3] = ["network", "ipc", "uts"];
 
 /// What `/proc/PID/ns` calls a type.
 fn file(kind: &str) -> &str {
@@ -296,7 +296,7 @@ fn only_machine() -> Result<i32> {
 }
 
 /// Mounts that the VMM sees of a container.
-fn pieces(vmm: i32, id: &str) -> Result<usize> {
+pub(super) fn pieces(vmm: i32, id: &str) -> Result<usize> {
     let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo"))?;
     let place = format!(" /share/{id}");
     Ok(mounts.lines().filter(|line| line.contains(&place)).count())
@@ -327,6 +327,28 @@ fn one_machine(scene: &Scene) -> Result<()> {
     );
     ensure!(only_machine()? == vmm);
     stop(scene, &two)?;
+    scene.expect_nothing_left()
+}
+
+/// What they share, the host's tools find shared behind their pids.
+fn shared_behind_the_pids(scene: &Scene) -> Result<()> {
+    let one = first(scene, "true")?;
+    let two = member(scene, &one, &PODS, "true")?;
+    let of = |container: &Created, kind: &str| {
+        fs::read_link(format!("/proc/{}/ns/{kind}", container.pid))
+    };
+    for (kind, shared) in [
+        ("net", true),
+        ("ipc", true),
+        ("uts", true),
+        ("pid", false),
+        ("mnt", false),
+    ] {
+        let (one, two) = (of(&one, kind)?, of(&two, kind)?);
+        ensure!((one == two) == shared, "{kind}: {one:?} and {two:?}");
+    }
+    scene.destroy(&two.id)?;
+    scene.destroy(&one.id)?;
     scene.expect_nothing_left()
 }
 

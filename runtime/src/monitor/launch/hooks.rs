@@ -2,8 +2,6 @@
 
 use std::os::fd::AsFd;
 
-use oci_spec::runtime::{Hook, Hooks};
-
 use super::{Launch, LaunchError};
 use crate::{
     hooks::{self, Namespaces},
@@ -11,31 +9,7 @@ use crate::{
     vm::VmError,
 };
 
-/// Gives one kind of hooks.
-type List = fn(&Hooks) -> Option<&[Hook]>;
-
-/// The hooks of a container's creation that run on the host, in order.
-pub(super) const ALL: [List; 3] = [
-    hooks::prestart,
-    |hooks| hooks.create_runtime().as_deref(),
-    |hooks| hooks.create_container().as_deref(),
-];
-/// Those that run when the container is there.
-pub(super) const OF_THE_CONTAINER: [List; 1] = [ALL[2]];
-
 impl Launch<'_, '_> {
-    /// Begins to move this process into the container's cgroup, unless there are hooks of these kinds
-    /// that are still to run: they are not the container's.
-    pub(super) fn enter_cgroup_unless(&mut self, to_run: &[List]) -> Result<(), LaunchError> {
-        let hooks = self.spec.hooks().as_ref();
-        let has = |list: &List| hooks.and_then(list).is_some_and(|list| !list.is_empty());
-        if to_run.iter().any(has) {
-            return Ok(());
-        }
-        let failed = |error| LaunchError::Io("start a thread", error);
-        self.membership.begin(&self.cgroup).map_err(failed)
-    }
-
     /// runtime-spec, "Lifecycle" 3 to 5: what hooks find is the container's sandbox, before its
     /// root is entered. They run in the host's network namespace, and find the container's by the
     /// pid of the state (Docker's hook puts interfaces there).

@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::{
     super::{HostStdio, Sandbox, StandIn, membership::Membership, order::ContainerOrder},
-    Launch, LaunchError, Made, Wiring, hooks, locate_cgroup,
+    Launch, LaunchError, Made, Wiring, locate_cgroup,
 };
 use crate::{
     agent,
@@ -30,7 +30,7 @@ const SOCKETS: [&str; 2] = ["vsock.sock", CONTROL];
 pub(super) fn launch<'a>(
     (order, joined): (&ContainerOrder, &Joined),
     (loaded, checked): (&Loaded, &Checked),
-    (container, stand_in): (&'a Container, Option<&StandIn>),
+    (container, stand_in): (&'a Container, Option<StandIn>),
     timeline: Timeline,
     signals: &mut Signals,
     host: HostStdio,
@@ -43,12 +43,13 @@ pub(super) fn launch<'a>(
         spec: &loaded.spec,
         vm: Box::new(VmProcess::join(sockets.as_fd(), joined.vmm)?),
         cgroup: locate_cgroup(order, checked)?,
-        membership: Membership::new(order.in_background),
+        membership: Membership::default(),
         limits: Limits::of(&loaded.spec, order.guest),
         signals,
         timeline,
         network: Wiring::None,
         disks: DisksOnTheWay::default(),
+        stand_in,
     };
     let directory = pod::directory_of(&record);
     let mut share = share::collect(&directory, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
@@ -59,14 +60,14 @@ pub(super) fn launch<'a>(
     );
     let mut disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
     launch.make_cgroup(&share)?;
+    launch.enter_cgroup()?;
     pod::add(joined.vmm, &share.entries, &share.overlays)?;
-    match (&joined.network, stand_in) {
-        (Some(path), Some(stand_in)) => launch.join_network(path, stand_in)?,
-        _ => launch.enter_network(checked.network.as_deref(), stand_in)?,
+    match &joined.network {
+        Some(path) => launch.join_network(path)?,
+        None => launch.enter_network(checked.network.as_deref())?,
     }
     launch.attach_disks(&mut disks, &record)?;
     launch.create_hooks()?;
-    launch.enter_cgroup_unless(&hooks::OF_THE_CONTAINER)?;
     launch.attach_interfaces()?;
     launch.disks.name(&mut disks);
     let made = Made {

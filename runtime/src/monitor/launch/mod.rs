@@ -30,7 +30,7 @@ use member::DisksOnTheWay;
 pub(super) use network::Wiring;
 
 use super::{
-    StandIn, View,
+    Namespaces, StandIn, StandInError, View,
     attach::{Attached, HostStdio},
     membership::Membership,
     order::ContainerOrder,
@@ -88,6 +88,9 @@ pub enum LaunchError {
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// Nobody stands in for the container's process.
+    #[error(transparent)]
+    StandIn(#[from] StandInError),
     /// Another container cannot be joined.
     #[error(transparent)]
     Pod(#[from] PodError),
@@ -153,8 +156,8 @@ pub enum LaunchError {
 /// Starts a VM: given the program and where its log goes.
 pub type VmStarter<'s> = &'s dyn Fn(&Path, File) -> Result<Box<dyn Vm>, VmError>;
 
-/// Makes the sandbox, or joins that of another container. Without a first thread to stand in, it has
-/// no network: in unit tests, which need no privileges.
+/// Makes the sandbox, or joins that of another container. Without a stand-in, it has no network: in
+/// unit tests, which need no privileges.
 pub fn launch<'a>(
     order: &ContainerOrder,
     of: (&Loaded, &Checked),
@@ -162,14 +165,14 @@ pub fn launch<'a>(
     start_vm: VmStarter<'_>,
     signals: &mut Signals,
     host: HostStdio,
-    stand_in: Option<&StandIn>,
+    stand_in: Option<StandIn>,
 ) -> Result<Sandbox<'a>, LaunchError> {
     let mut timeline = Timeline {
         runtime_started: Moment::at(order.began),
         ..Timeline::default()
     };
-    let places = (container, stand_in);
     if let Some(joined) = &order.joined {
+        let places = (container, stand_in);
         return member::launch((order, joined), of, places, timeline, signals, host);
     }
     order.check_installation()?;
@@ -184,12 +187,13 @@ pub fn launch<'a>(
         spec: &loaded.spec,
         vm,
         cgroup: locate_cgroup(order, checked)?,
-        membership: Membership::new(order.in_background),
+        membership: Membership::default(),
         limits: Limits::of(&loaded.spec, order.guest),
         signals,
         timeline,
         network: Wiring::None,
         disks: DisksOnTheWay::default(),
+        stand_in,
     };
     let mut ready = ReadyListener::bind(sockets.as_fd())?;
     let share = share::collect(&order.id, &loaded.bundle, &checked.rootfs, &loaded.spec)?;
@@ -198,11 +202,12 @@ pub fn launch<'a>(
     let mut config = order.vm_config(container.path(), &share, &launch.cgroup);
     config.disks.extend(disks.configs.iter().cloned());
     launch.vm.configure(&config)?;
-    match launch.enter_network(checked.network.as_deref(), stand_in) {
+    match launch.enter_network(checked.network.as_deref()) {
         Ok(()) => {}
         // By a path that names no process.
         Err(LaunchError::Network(NetworkError::Namespace(NamespaceError::Taken(path)))) => {
             let timeline = launch.timeline.clone();
+            let places = (container, launch.stand_in.take());
             drop((launch, ready));
             let Some((order, joined)) = order.joining(of, container)? else {
                 return Err(NetworkError::from(NamespaceError::Taken(path)).into());
@@ -218,7 +223,6 @@ pub fn launch<'a>(
         pod::add(vmm, &[], &share.overlays)?;
     }
     launch.create_hooks()?;
-    launch.enter_cgroup_unless(&hooks::OF_THE_CONTAINER)?;
     launch.attach_interfaces()?;
     let made = Made {
         order,
@@ -262,6 +266,8 @@ struct Launch<'l, 'a> {
     timeline: Timeline,
     network: Wiring<'a>,
     disks: DisksOnTheWay,
+    /// None in unit tests.
+    stand_in: Option<StandIn>,
 }
 
 impl<'a> Launch<'_, 'a> {
@@ -282,10 +288,7 @@ impl<'a> Launch<'_, 'a> {
             self.vm.command(VmCommand::Booted)?;
         }
         self.cgroup.limit_cpu_time(&self.limits)?;
-        // Not before the hooks have run: they are not the container's.
-        self.membership.settle(&self.cgroup)?;
-        self.record_created()?;
-        self.timeline.container_created = Some(Moment::now());
+        self.membership.settle()?;
         let Made {
             order,
             loaded,
@@ -293,6 +296,12 @@ impl<'a> Launch<'_, 'a> {
             share,
             disks,
         } = made;
+        if let Some(stand_in) = &mut self.stand_in {
+            let view = View::of(&loaded.spec, &share, &checked.rootfs);
+            stand_in.show(view, Namespaces::of(&loaded.spec))?;
+        }
+        self.record_created()?;
+        self.timeline.container_created = Some(Moment::now());
         Ok(Sandbox {
             container: self.container,
             vm: self.vm,
@@ -300,8 +309,8 @@ impl<'a> Launch<'_, 'a> {
             timeline: self.timeline,
             timeline_file: order.timeline.clone(),
             has_disks: !disks.configs.is_empty(),
-            view: View::of(&loaded.spec, &share, &checked.rootfs),
             network: self.network,
+            stand_in: self.stand_in,
         })
     }
 }
@@ -327,10 +336,21 @@ impl Launch<'_, '_> {
             Err(error) if error.is_denied() && user_namespace::is_somebodys() => {
                 tracing::debug!("no cgroup on the host: {}", crate::error::chain(&error));
                 self.cgroup = Cgroup::nowhere();
-                self.record_cgroup(share)
+                return self.record_cgroup(share);
             }
-            made => Ok(made?),
+            made => made?,
         }
+        Ok(())
+    }
+
+    /// Begins to move the stand-in into the cgroup. Nobody forks into a cgroup while this waits, so the VM
+    /// must have done so.
+    fn enter_cgroup(&mut self) -> Result<(), LaunchError> {
+        let Some(stand_in) = &self.stand_in else {
+            return Ok(());
+        };
+        let begun = self.membership.begin(&self.cgroup, stand_in.pid());
+        begun.map_err(|error| LaunchError::Io("start a thread", error))
     }
 
     fn record_cgroup(&self, share: &Share) -> Result<(), LaunchError> {
@@ -401,10 +421,9 @@ impl Launch<'_, '_> {
             }
             VmEvent::Running { timeline } => {
                 self.timeline.vm_running = Some(Moment::at(timeline.running_us));
-                // While the guest boots. Taps first: the engine's cgroup may allow no devices (Podman's of a
-                // pod does not).
+                // While the guest boots.
                 self.refresh_network()?;
-                self.enter_cgroup_unless(&hooks::ALL)?;
+                self.enter_cgroup()?;
                 Ok(true)
             }
             event => self.on_device_event(&event).map(|()| false),

@@ -1,13 +1,13 @@
 //! The network of a container that is being created: its interfaces are attached while the guest
 //! boots, and set up once the container is there.
 
-use std::path::Path;
+use std::{os::fd::AsFd, path::Path};
 
 use bulkhead_agent_protocol::messages::Empty;
 use bulkhead_vmm::config::VmEvent;
 use rustix::event::{PollFd, PollFlags};
 
-use super::{super::StandIn, CALL_LIMIT, Launch, LaunchError};
+use super::{CALL_LIMIT, Launch, LaunchError};
 use crate::{
     agent::rpc::{RpcClient, RpcError},
     network::{Joined, Network, NetworkError},
@@ -45,33 +45,26 @@ impl<'a> Wiring<'a> {
 }
 
 impl Launch<'_, '_> {
-    /// Enters the network namespace at a path, or an empty one that is made; and so does the first
-    /// thread, behind which engines and hooks look for it.
-    pub(super) fn enter_network(
-        &mut self,
-        path: Option<&Path>,
-        stand_in: Option<&StandIn>,
-    ) -> Result<(), LaunchError> {
-        if let Some(stand_in) = stand_in {
+    /// Enters the network namespace at a path, or an empty one that is made; and so does the
+    /// stand-in, behind which engines and hooks look for it.
+    pub(super) fn enter_network(&mut self, path: Option<&Path>) -> Result<(), LaunchError> {
+        if let Some(stand_in) = &mut self.stand_in {
             let network = Network::enter(self.container, path)?;
-            let enter = network.enter_too()?;
-            stand_in.run(enter)?;
+            stand_in.enter_network(network.here()?.as_fd())?;
             self.network = Wiring::Own(Box::new(network));
         }
         Ok(())
     }
 
     /// Enters the network namespace of another container, whose interfaces stay that one's affair;
-    /// and so does the first thread.
-    pub(super) fn join_network(
-        &mut self,
-        path: &Path,
-        stand_in: &StandIn,
-    ) -> Result<(), LaunchError> {
-        let joined = Joined::enter(path).map_err(NetworkError::from)?;
-        let enter = joined.enter_too().map_err(NetworkError::from)?;
-        stand_in.run(enter).map_err(NetworkError::from)?;
-        self.network = Wiring::Joined(joined);
+    /// and so does the stand-in.
+    pub(super) fn join_network(&mut self, path: &Path) -> Result<(), LaunchError> {
+        if let Some(stand_in) = &mut self.stand_in {
+            let joined = Joined::enter(path).map_err(NetworkError::from)?;
+            let here = joined.here().map_err(NetworkError::from)?;
+            stand_in.enter_network(here.as_fd())?;
+            self.network = Wiring::Joined(joined);
+        }
         Ok(())
     }
 
