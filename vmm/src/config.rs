@@ -114,7 +114,7 @@ pub struct ShareEntry {
 }
 
 /// Paths of the host need not be UTF-8, texts in JSON must.
-mod any_path {
+pub mod any_path {
     use std::ffi::OsString;
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     use std::path::{Path, PathBuf};
@@ -128,14 +128,16 @@ mod any_path {
         Bytes(Vec<u8>),
     }
 
-    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    /// To a text, or to bytes.
+    pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
         match path.to_str() {
             Some(text) => text.serialize(to),
             None => path.as_os_str().as_bytes().serialize(to),
         }
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    /// From either.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
         Ok(match Written::deserialize(from)? {
             Written::Text(path) => path,
             Written::Bytes(bytes) => OsString::from_vec(bytes).into(),

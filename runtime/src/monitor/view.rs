@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_vmm::config::any_path;
 use oci_spec::runtime::Spec;
 use rustix::{
     fs::{CWD, FileType, fstat},
@@ -42,6 +43,7 @@ pub struct ViewError {
 /// A container's files on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
+    #[serde(with = "any_path")]
     root: PathBuf,
     read_only: bool,
     /// In the order of the configuration.
@@ -74,6 +76,7 @@ struct Place {
 /// A piece of the host's file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Source {
+    #[serde(with = "any_path")]
     path: PathBuf,
     read_only: bool,
     recursive: bool,
@@ -387,6 +390,19 @@ mod tests {
             assert_eq!(root.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
             volume.unwrap();
         }
+    }
+
+    #[test]
+    fn paths_that_are_no_texts_are_handed_over() {
+        use std::os::unix::ffi::OsStrExt;
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"/\xff"));
+        let view = View {
+            root: path.clone(),
+            read_only: false,
+            mounts: vec![bind("/data", path, true), of_the_guest("/proc")],
+        };
+        let line = serde_json::to_string(&view).unwrap();
+        assert_eq!(serde_json::from_str::<View>(&line).unwrap(), view);
     }
 
     #[test]
