@@ -1,6 +1,6 @@
 //! Takes a container out of a VM that others keep, so that nothing of it is left there.
 
-use std::{os::fd::AsFd, time::Duration};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use bulkhead_agent_protocol::{
     ErrorKind,
@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::pieces::{self, PieceError, directory_of};
 use crate::{
-    agent::{self, AgentError, rpc::RpcError},
+    agent::{self, AgentError, connect::ConnectError, rpc::RpcError},
     cgroup::{Cgroup, CgroupError},
     state::{Container, Record},
     vm::VmProcess,
@@ -60,7 +60,15 @@ pub fn leave(container: &Container, record: &Record) -> Result<(), LeaveError> {
 
 fn remove_from_guest(container: &Container) -> Result<(), AgentError> {
     let deadline = Deadline::after(REMOVE_LIMIT);
-    let mut rpc = agent::connect(container, deadline)?;
+    let mut rpc = match agent::connect(container, deadline) {
+        // Its way to the guest was never made, and so nothing was asked for there.
+        Err(AgentError::Connect(ConnectError::Socket(error)))
+            if error.kind() == io::ErrorKind::NotFound =>
+        {
+            return Ok(());
+        }
+        connected => connected?,
+    };
     let request = RemoveContainerRequest {
         container_id: container.id().to_owned(),
         force: true,
