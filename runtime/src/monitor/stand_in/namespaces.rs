@@ -183,11 +183,16 @@ pub(super) fn in_pid_namespace<R>(spec: &Spec, make: impl FnOnce() -> R) -> io::
     if !listed(spec).any(|listed| listed.typ() == LinuxNamespaceType::Pid) {
         return Ok(make());
     }
+    let own = File::open("/proc/self/ns/pid")?;
+    let return_home = || move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID));
+    // Who is root in a namespace of his own could not return to the host's PID namespace.
+    if return_home() == Err(Errno::PERM) {
+        return Ok(make());
+    }
     sys::unshare(UnshareFlags::NEWPID)?;
     let made = make();
     // Who is made after this is in our own again.
-    let own = File::open("/proc/self/ns/pid")?;
-    move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
+    return_home()?;
     Ok(made)
 }
 
