@@ -86,7 +86,7 @@ fn container(
     match made {
         Ok(sandbox) => {
             // A command that is gone was killed: nobody knows of the container, so it ends here.
-            monitor::report(&socket, &Outcome::Done)
+            monitor::report(socket, &Outcome::Done)
                 .map_err(|error| Error::Io("report that the container is created", error))?;
             let ended = sandbox.supervise(signals);
             ended.record(&container);
@@ -106,7 +106,7 @@ fn exec(
     let container = context.root.open(&order.id)?;
     match monitor::join(&container, order, host) {
         Ok(mut process) => {
-            monitor::report(&socket, &Outcome::Done)
+            monitor::report(socket, &Outcome::Done)
                 .map_err(|error| Error::Io("report that the process runs", error))?;
             process
                 .run(signals, None)
@@ -122,7 +122,7 @@ fn failed(socket: UnixStream, failure: &Error) -> Result<i32, Error> {
         message: error::chain(failure),
         exit_code: error::exit_code(failure),
     };
-    if monitor::report(&socket, &outcome).is_err() {
+    if monitor::report(socket, &outcome).is_err() {
         tracing::error!("{}", error::chain(failure));
     }
     Ok(error::FAILURE.into())

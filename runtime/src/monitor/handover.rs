@@ -139,7 +139,7 @@ impl Waiting {
 
 /// What a monitor was told, and what came with it.
 #[derive(Debug)]
-pub struct Received {
+pub struct Instructions {
     /// Where to report.
     pub socket: UnixStream,
     /// What to do.
@@ -152,7 +152,7 @@ pub struct Received {
 
 /// The monitor's side: waits for the order, then takes the descriptors that came with it.
 /// `None` when the command has ended without giving one.
-pub fn receive() -> Result<Option<Received>, HandoverError> {
+pub fn receive() -> Result<Option<Instructions>, HandoverError> {
     let failed = || io_error("receive the order of");
     let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)
         .map(UnixStream::from)
@@ -170,7 +170,7 @@ pub fn receive() -> Result<Option<Received>, HandoverError> {
         Order::Container(_) => lines.descriptor(),
         Order::Exec(_) => None,
     };
-    Ok(Some(Received {
+    Ok(Some(Instructions {
         stand_in,
         terminal: lines.descriptor(),
         socket: lines.into_socket(),
@@ -179,6 +179,6 @@ pub fn receive() -> Result<Option<Received>, HandoverError> {
 }
 
 /// The monitor's side: reports. Fails when the command is gone.
-pub fn report(socket: &UnixStream, outcome: &Outcome) -> io::Result<()> {
-    line::send(socket, outcome, &[])
+pub fn report(socket: UnixStream, outcome: &Outcome) -> io::Result<()> {
+    line::send(&socket, outcome, &[])
 }

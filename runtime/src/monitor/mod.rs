@@ -27,9 +27,9 @@ mod view;
 
 pub use attach::{Attached, HostStdio};
 pub use exec::{ExecOrder, join};
-pub use handover::{HandoverError, Order, Outcome, Received, Waiting, receive, report, spawn};
+pub use handover::{HandoverError, Instructions, Order, Outcome, Waiting, receive, report, spawn};
 pub use launch::{LaunchError, VmStarter, launch};
 pub use order::ContainerOrder;
 pub use sandbox::{Ended, Sandbox};
-pub use stand_in::{Namespaces, Spawned, StandIn, StandInError};
+pub use stand_in::{Namespaces, StandIn, StandInError};
 pub use view::{View, ViewError};

@@ -60,7 +60,6 @@ pub(super) fn launch<'a>(
     );
     let mut disks = disks::collect(&loaded.bundle, &checked.rootfs, &loaded.spec)?;
     launch.make_cgroup(&share)?;
-    launch.enter_cgroup()?;
     pod::add(joined.vmm, &share.entries, &share.overlays)?;
     match &joined.network {
         Some(path) => launch.join_network(path)?,
@@ -68,6 +67,7 @@ pub(super) fn launch<'a>(
     }
     launch.attach_disks(&mut disks, &record)?;
     launch.create_hooks()?;
+    launch.enter_cgroup()?;
     launch.attach_interfaces()?;
     launch.disks.name(&mut disks);
     let made = Made {

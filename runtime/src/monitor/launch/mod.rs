@@ -336,15 +336,14 @@ impl Launch<'_, '_> {
             Err(error) if error.is_denied() && user_namespace::is_somebodys() => {
                 tracing::debug!("no cgroup on the host: {}", crate::error::chain(&error));
                 self.cgroup = Cgroup::nowhere();
-                return self.record_cgroup(share);
+                self.record_cgroup(share)
             }
-            made => made?,
+            made => Ok(made?),
         }
-        Ok(())
     }
 
-    /// Begins to move the stand-in into the cgroup. Nobody forks into a cgroup while this waits, so the VM
-    /// must have done so.
+    /// Begins to move the stand-in into the cgroup. While this waits nobody forks or starts a thread, so
+    /// what does is to have been done.
     fn enter_cgroup(&mut self) -> Result<(), LaunchError> {
         let Some(stand_in) = &self.stand_in else {
             return Ok(());

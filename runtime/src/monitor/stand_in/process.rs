@@ -53,20 +53,13 @@ fn serve() -> io::Result<u8> {
     )?;
     let mut lines = Lines::new(UnixStream::from(socket));
     loop {
-        let mut descriptors = [
-            signals.poll_fd(),
-            PollFd::new(lines.socket(), PollFlags::IN),
-        ];
-        poll(&mut descriptors, None)?;
-        let [signal, _] = descriptors.map(|fd| !fd.revents().is_empty());
-        if signal {
-            for caught in signals.caught() {
-                line::send(lines.socket(), &Said::Caught(caught), &[])?;
-            }
-        }
+        // Before anything is waited for: several may have come at once.
         let task = match lines.progress()? {
             Received::Line(task) => task,
-            Received::Nothing => continue,
+            Received::Nothing => {
+                wait(&lines, &mut signals)?;
+                continue;
+            }
             Received::End => return Ok(KILLED),
         };
         let done = match task {
@@ -82,6 +75,17 @@ fn serve() -> io::Result<u8> {
         let said = done.map_or_else(Said::Failed, |()| Said::Done);
         line::send(lines.socket(), &said, &[])?;
     }
+}
+
+/// Until something has come; passes signals on.
+fn wait(lines: &Lines, signals: &mut Signals) -> io::Result<()> {
+    let socket = PollFd::new(lines.socket(), PollFlags::IN);
+    let mut descriptors = [signals.poll_fd(), socket];
+    poll(&mut descriptors, None)?;
+    for caught in signals.caught() {
+        line::send(lines.socket(), &Said::Caught(caught), &[])?;
+    }
+    Ok(())
 }
 
 fn enter_network(namespace: Option<OwnedFd>) -> Result<(), String> {
