@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use bulkhead::{
+    cgroup::out_of_memory,
     cli::{Cli, Command},
     commands,
     config::{Config, ConfigError},
@@ -16,6 +17,9 @@ fn main() -> ExitCode {
     let began = Moment::now();
     if stand_in::is_called(std::env::args_os()) {
         return stand_in::stand();
+    }
+    if out_of_memory::is_called(std::env::args_os()) {
+        return out_of_memory::take_memory();
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

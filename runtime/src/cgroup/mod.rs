@@ -5,6 +5,7 @@
 
 mod devices;
 mod limits;
+pub mod out_of_memory;
 mod place;
 
 use std::{

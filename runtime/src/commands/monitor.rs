@@ -21,6 +21,9 @@ pub(super) fn monitor(context: &Context) -> Result<u8, Error> {
     let Some(received) = monitor::receive()? else {
         return Ok(0);
     };
+    // Otherwise it is called "exe", after the link that it was started by.
+    let named = rustix::thread::set_name(c"bulkhead");
+    named.map_err(|error| Error::Io("name the process", error.into()))?;
     // As a container's process would: nobody's terminal controls it but the container's own.
     rustix::process::setsid().map_err(|error| Error::Io("make a session", error.into()))?;
     let host = host_stdio(received.terminal)?;

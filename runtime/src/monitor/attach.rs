@@ -90,6 +90,7 @@ pub struct Attached {
     host: HostStdio,
     wait: CallId,
     status: Option<i32>,
+    out_of_memory: bool,
 }
 
 impl Attached {
@@ -117,12 +118,19 @@ impl Attached {
             host,
             wait,
             status: None,
+            out_of_memory: false,
         })
     }
 
     /// The connection, for a call of one's own; gone when the VM is.
     pub fn rpc(&mut self) -> Option<&mut RpcClient> {
         self.rpc.as_mut()
+    }
+
+    /// Whether the guest's kernel has ended a process of the container for want of memory; to be asked
+    /// once the container's own process has ended.
+    pub fn out_of_memory(&self) -> bool {
+        self.out_of_memory
     }
 
     /// Carries on until the process has ended and its output is delivered. Returns its exit code,
@@ -291,7 +299,10 @@ impl Attached {
                         agent::decode::<WaitProcessResponse>("WaitProcess", &payload)
                     });
                     match status {
-                        Ok(response) => self.ended(response.status),
+                        Ok(response) => {
+                            self.out_of_memory = response.out_of_memory;
+                            self.ended(response.status);
+                        }
                         Err(error) => self.lost(&error),
                     }
                 }

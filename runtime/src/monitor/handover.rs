@@ -12,7 +12,7 @@ use std::{
     io::{self, IsTerminal},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::{net::UnixStream, process::CommandExt},
     },
     process::{Child, Command, Stdio},
 };
@@ -85,6 +85,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> HandoverError {
 pub fn spawn(options: &[std::ffi::OsString], held: Option<File>) -> Result<Waiting, HandoverError> {
     let (socket, theirs) = UnixStream::pair().map_err(io_error("start"))?;
     let child = Command::new("/proc/self/exe")
+        .arg0("bulkhead")
         .args(options)
         .arg("monitor")
         .stdin(Stdio::from(OwnedFd::from(theirs)))

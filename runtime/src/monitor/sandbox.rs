@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     agent::{self, AgentError, rpc::RpcError},
+    cgroup::Cgroup,
     network::NetworkError,
     pod::{self, LeaveError},
     state::{Container, Event, StateError},
@@ -98,6 +99,23 @@ impl Sandbox<'_> {
         }
     }
 
+    /// Engines are to find in the host's cgroup what the guest's kernel has done.
+    fn report_out_of_memory(&self) {
+        let Some(stand_in) = &self.stand_in else {
+            return;
+        };
+        // `delete --force` may have been quicker.
+        let Ok(record) = self.container.record() else {
+            return;
+        };
+        let told = Cgroup::at(&record.cgroup)
+            .and_then(|cgroup| cgroup.report_out_of_memory(stand_in.pid()));
+        if let Err(error) = told {
+            let error = crate::error::chain(&error);
+            tracing::warn!("the host's cgroup does not tell of the want of memory: {error}");
+        }
+    }
+
     /// Stands for the container's process until it has ended, then takes the VM down.
     pub fn supervise(mut self, signals: &mut Signals) -> Ended {
         let owned = Owned {
@@ -126,6 +144,9 @@ impl Sandbox<'_> {
             Ok(Stop::Ended) => {}
             Ok(Stop::Shared) => self.leave(),
             Err(error) => tracing::error!("{}", crate::error::chain(&error)),
+        }
+        if self.process.out_of_memory() {
+            self.report_out_of_memory();
         }
         Ended {
             status,

@@ -16,7 +16,7 @@ use crate::scene::{Created, Scene};
 
 super::cases!(creations;
     common: many_files, opened_before_they_are_closed, hidden_before_they_are_written, renamed_while_open,
-        linked_while_open, replaced, closed, known_times_stay, killed_while_open, heard_by_others, disk_is_full;
+        linked_while_open, replaced, closed, set_id_bits_go, known_times_stay, killed_while_open, heard_by_others, disk_is_full;
     vm: vmm_is_killed);
 
 /// A container that does what it is told in `/data`, which is at `/again` as well.
@@ -131,6 +131,21 @@ fn closed(scene: &Scene) -> Result<()> {
             maker.does(&[&format!("{verb} {number}")])?;
         }
         is_long(&scene.path(&format!("data/{number}")), 2)?;
+    }
+    scene.destroy(&maker.0.id)
+}
+
+/// Naming the owner takes these bits away, also where it is the owner already.
+fn set_id_bits_go(scene: &Scene) -> Result<()> {
+    let mut maker = maker(scene)?;
+    maker.does(&["create a", "write a", "set-id a", "own a", "close a"])?;
+    maker.does(&["create b", "own b", "hide b", "own b", "write b", "close b"])?;
+    for (name, expected) in [("a", 0o755), ("b", 0o600)] {
+        let path = scene.path("data").join(name);
+        let mode = fs::metadata(&path)?.mode() & 0o7777;
+        ensure!(mode == expected, "{name}: mode {mode:o}");
+        is_long(&path, 1)?;
+        is_there(&path, 1)?;
     }
     scene.destroy(&maker.0.id)
 }

@@ -1,6 +1,7 @@
 //! The host's side: hooks, logs, cgroups, files that the runtime writes.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -11,7 +12,7 @@ use crate::scene::Scene;
 super::cases!(host;
     common: features, hooks, failing_hook, log_formats, pid_file_is_replaced_whole, version,
         mount_namespace_of_the_pid;
-    vm: default_cgroup, foreground_cgroup, no_cgroup);
+    vm: default_cgroup, foreground_cgroup, no_cgroup, named);
 
 fn features(scene: &Scene) -> Result<()> {
     let output = scene.call(&["features"])?;
@@ -282,5 +283,25 @@ fn mount_namespace_of_the_pid(scene: &Scene) -> Result<()> {
         bundle.rootfs().join("root/theirs").is_file(),
         "another root"
     );
+    scene.destroy(&container.id)
+}
+
+/// Whoever lists the host's processes sees whose these are.
+fn named(scene: &Scene) -> Result<()> {
+    let container = scene.create(&scene.bundle()?)?;
+    let ours = |directory: &Path| {
+        let line = fs::read(directory.join("cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+        words.contains(&container.id.as_bytes()) || words.contains(&b"monitor".as_slice())
+    };
+    let mut names = Vec::new();
+    for process in fs::read_dir("/proc")? {
+        let directory = process?.path();
+        if ours(&directory) {
+            names.push(crate::bundle::read(&directory.join("comm"))?);
+        }
+    }
+    ensure!(names.len() >= 2, "{names:?}");
+    ensure!(names.iter().all(|name| name == "bulkhead\n"), "{names:?}");
     scene.destroy(&container.id)
 }

@@ -6,11 +6,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::bundle::Bundle;
 use crate::runtime::Runtime;
 use crate::scene::{Scene, skip};
 
 super::cases!(limits;
-    common: memory, pids, cpu_quota, cpuset, rlimits, tmpfs_size;
+    common: memory, host_counts_out_of_memory, pids, cpu_quota, cpuset, rlimits, tmpfs_size;
     vm: on_the_host, version_1);
 
 fn limited(spec: &mut Value, name: &str, limits: Value) {
@@ -45,6 +46,54 @@ fn memory(scene: &Scene) -> Result<()> {
     let output = scene.run(&scene.bundle()?.shell(script).with(limit))?;
     output.ok()?.says(&["child: 137\n"])?;
     Ok(())
+}
+
+/// Engines look into the host's cgroup for what has become of a container that ran out of memory.
+fn host_counts_out_of_memory(scene: &Scene) -> Result<()> {
+    if !crate::runtime::unified_cgroups() && scene.runtime == Runtime::Crun {
+        return skip("crun leaves an empty cgroup of version 2 behind here");
+    }
+    for (size, kills, code) in [(128, true, 137), (1, false, 0)] {
+        let script = format!(
+            "read go; dd if=/dev/zero of=/dev/null bs={size}M count=1 2>/dev/null; exit $?"
+        );
+        let bundle = scene
+            .bundle()?
+            .shell(&script)
+            .with(|spec| limited(spec, "memory", json!({ "limit": 48 << 20 })));
+        let mut container = scene.start(&bundle)?;
+        let limit = on_host(&bundle, "memory", "memory.max", "memory.limit_in_bytes")?;
+        let process = container.process()?;
+        container.streams.send(b"\n")?;
+        process.wait()?;
+        let status = process.exit_code()?;
+        ensure!(status == code, "status {status}");
+        let events = on_host(&bundle, "memory", "memory.events", "memory.oom_control")?;
+        let counted = events
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill "))
+            .with_context(|| events.clone())?;
+        ensure!((counted != "0") == kills, "{size} MiB: {events}");
+        let after = on_host(&bundle, "memory", "memory.max", "memory.limit_in_bytes")?;
+        ensure!(after == limit, "a limit of {after}");
+        let processes = on_host(&bundle, "memory", "cgroup.procs", "cgroup.procs")?;
+        ensure!(processes.is_empty(), "left in the cgroup: {processes}");
+        scene.destroy(&container.id)?;
+    }
+    Ok(())
+}
+
+/// A file of the container's cgroup on the host, by its name in version 2 and in version 1.
+fn on_host(bundle: &Bundle, controller: &str, unified: &str, split: &str) -> Result<String> {
+    let path = bundle.spec["linux"]["cgroupsPath"].as_str();
+    let path = path.context("cgroupsPath")?;
+    let file = if crate::runtime::unified_cgroups() {
+        format!("/sys/fs/cgroup{path}/{unified}")
+    } else {
+        format!("/sys/fs/cgroup/{controller}{path}/{split}")
+    };
+    let text = fs::read_to_string(&file).with_context(|| file)?;
+    Ok(text.trim().to_owned())
 }
 
 fn pids(scene: &Scene) -> Result<()> {
@@ -191,19 +240,9 @@ fn on_the_host(scene: &Scene) -> Result<()> {
             "cpu": { "shares": 2048, "quota": 200_000, "period": 100_000, "cpus": "0" },
         });
     });
-    let path = bundle.spec["linux"]["cgroupsPath"].clone();
-    let path = path.as_str().context("cgroupsPath")?.to_owned();
     let mut container = scene.start(&bundle)?;
     container.streams.wait_for("up\n")?;
-    let read = |controller: &str, unified: &str, split: &str| -> Result<String> {
-        let file = if crate::runtime::unified_cgroups() {
-            format!("/sys/fs/cgroup{path}/{unified}")
-        } else {
-            format!("/sys/fs/cgroup/{controller}{path}/{split}")
-        };
-        let text = fs::read_to_string(&file).with_context(|| file)?;
-        Ok(text.trim().to_owned())
-    };
+    let read = |controller, unified, split| on_host(&bundle, controller, unified, split);
     // 256 MiB of the guest and 64 of the VMM.
     let memory = read("memory", "memory.max", "memory.limit_in_bytes")?;
     ensure!(memory == (320_u64 << 20).to_string(), "memory: {memory}");

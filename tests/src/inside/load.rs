@@ -1,11 +1,12 @@
 //! Work on files, timed: prints a line with its name and milliseconds for each part.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
+use rustix::process::{getegid, geteuid};
 
 /// Directories and files in each of a tree like that of a program's source.
 const DIRECTORIES: usize = 20;
@@ -68,8 +69,9 @@ pub(super) fn work(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What unpacking an archive does.
+/// What `tar` does as root: it names each file's owner, and completes directories at the end.
 fn unpack(directory: &Path) -> Result<()> {
+    let owner = (Some(geteuid().as_raw()), Some(getegid().as_raw()));
     for number in 0..DIRECTORIES {
         let inner = directory.join(number.to_string());
         fs::create_dir(&inner)?;
@@ -77,11 +79,20 @@ fn unpack(directory: &Path) -> Result<()> {
             let path = inner.join(format!("{file}.c"));
             let open = File::create_new(&path)?;
             open.write_all_at(&[b'x'; 3000], 0)?;
-            open.set_permissions(fs::Permissions::from_mode(0o640))?;
-            open.set_modified(std::time::SystemTime::UNIX_EPOCH)?;
+            complete(&open, owner, 0o640)?;
         }
     }
+    for number in 0..DIRECTORIES {
+        let inner = File::open(directory.join(number.to_string()))?;
+        complete(&inner, owner, 0o750)?;
+    }
     Ok(())
+}
+
+fn complete(file: &File, (user, group): (Option<u32>, Option<u32>), mode: u32) -> Result<()> {
+    file.set_modified(UNIX_EPOCH)?;
+    fchown(file, user, group)?;
+    Ok(file.set_permissions(Permissions::from_mode(mode))?)
 }
 
 /// What a build that has nothing to do does.

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::fs::{self, File, FileTimes, Permissions};
 use std::io::{BufRead, ErrorKind, Write, stdin};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{getegid, geteuid};
 
 /// Files of [`many`].
 const FILES: usize = 150;
@@ -67,9 +68,21 @@ fn many(directory: &Path) -> Result<()> {
                 set(&again)?;
             }
         }
+        // The owner that it has already, before and after the rest: bits of the mode may go with that.
+        if number % 2 == 0 {
+            own(&file)?;
+        } else {
+            set(&file)?;
+            own(&file)?;
+        }
         set(&file)?;
     }
     Ok(())
+}
+
+fn own(file: &File) -> Result<()> {
+    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+    Ok(fchown(file, Some(user), Some(group))?)
 }
 
 /// Whether they are all there, as they are to be; for `fresh`, nobody has read them yet.
@@ -122,6 +135,8 @@ pub(super) fn obey(directory: &Path) -> Result<()> {
                 *written += 1;
             }
             "hide" => file()?.0.set_permissions(Permissions::from_mode(0o600))?,
+            "set-id" => file()?.0.set_permissions(Permissions::from_mode(0o6755))?,
+            "own" => own(&file()?.0)?,
             "sync" => file()?.0.sync_all()?,
             "close" => drop(open.remove(name)),
             "steady" => steady(file()?, &path)?,

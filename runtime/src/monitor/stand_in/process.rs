@@ -40,6 +40,8 @@ pub fn stand() -> ExitCode {
 }
 
 fn serve() -> io::Result<u8> {
+    // Otherwise it is called "exe", after the link that it was started by.
+    rustix::thread::set_name(c"bulkhead")?;
     // As a container's process would: nobody's terminal controls it.
     rustix::process::setsid()?;
     rustix::process::chdir("/")?;

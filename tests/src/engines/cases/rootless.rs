@@ -11,7 +11,8 @@ use crate::process::{Output, Process};
 use crate::scene::skip;
 
 super::engine_cases!(rootless;
-    [podman] run, exec, volume, network);
+    [podman quick] exec, network;
+    [podman] run, volume);
 
 /// Podman as `somebody`, who has an image of his own.
 fn podman(engine: &Engine, args: &str) -> Result<Output> {
