@@ -15,7 +15,7 @@ use clap::{Parser, error::ErrorKind};
 
 fn main() -> ExitCode {
     let began = Moment::now();
-    if stand_in::is_called(std::env::args_os()) {
+    if stand_in::is_called() {
         return stand_in::stand();
     }
     if out_of_memory::is_called(std::env::args_os()) {

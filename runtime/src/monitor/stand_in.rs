@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use namespaces::Namespaces;
+pub(super) use namespaces::has_pid_namespace;
 pub use process::{is_called, stand};
 
 use super::{
@@ -34,8 +35,12 @@ use super::{
 };
 use crate::stdio::Caught;
 
-/// The name that the program is called by to stand in.
+/// In the environment of the program that is to stand in: the container's id.
+const MARK: &str = "BULKHEAD_STAND_IN";
+/// What it is called for a container without a process.
 const NAME: &str = "bulkhead-stand-in";
+/// Bytes of the container's command that it is called by.
+const LONGEST_COMMAND: usize = 4096;
 
 /// The container's process has nobody to stand in for it.
 #[derive(Debug, Error)]
@@ -96,10 +101,12 @@ pub fn spawn(id: &str, spec: &Spec) -> Result<Spawned, StandInError> {
     let failed = |error| StandInError::Start("no socket", error);
     let (socket, theirs) = UnixStream::pair().map_err(failed)?;
     let mut command = Command::new("/proc/self/exe");
+    let mut words = command_of(spec);
     command
-        .arg0(NAME)
-        .arg(id)
+        .arg0(words.next().unwrap_or(NAME))
+        .args(words)
         .env_clear()
+        .env(MARK, id)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -109,6 +116,19 @@ pub fn spawn(id: &str, spec: &Spec) -> Result<Spawned, StandInError> {
     Ok(Spawned {
         socket,
         pid: child.id(),
+    })
+}
+
+/// The command of the container's process, which `ps` and `podman top` are to show for the container; as much
+/// of it as they would.
+fn command_of(spec: &Spec) -> impl Iterator<Item = &str> {
+    let process = spec.process().as_ref();
+    let words = process.and_then(|process| process.args().as_ref());
+    let words = words.into_iter().flatten().map(String::as_str);
+    words.scan(LONGEST_COMMAND, |left, word| {
+        *left = left.checked_sub(word.len() + 1)?;
+        // No argument of a program has a NUL; the agent refuses it.
+        (!word.contains('\0')).then_some(word)
     })
 }
 

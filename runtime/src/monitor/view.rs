@@ -1,7 +1,8 @@
 //! What engines find where the container's process would be: a mount namespace whose root is the
 //! container's root filesystem, with its bind mounts in their places. `podman cp` reads and writes
-//! there. Mounts that exist in the guest only (proc, tmpfs and the like) are empty, read-only
-//! directories: what is copied there would reach nobody, so it fails.
+//! there. Mounts that exist in the guest only (tmpfs and the like) are empty, read-only
+//! directories: what is copied there would reach nobody, so it fails. In the place of /proc is that of the
+//! PID namespace of the process that engines see, which `podman top` reads.
 
 use std::{
     fs, io,
@@ -26,10 +27,16 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::stand_in::has_pid_namespace;
 use crate::{
     share::Share,
     sys::{self, MountChange},
 };
+
+/// Of what is mounted for its names alone.
+const INERT: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV
+    .union(MountAttrFlags::MOUNT_ATTR_NOSUID)
+    .union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
 /// The place could not be made.
 #[derive(Debug, Error)]
@@ -71,6 +78,9 @@ struct Place {
     destination: PathBuf,
     /// Without one, it exists in the guest only.
     source: Option<Source>,
+    /// It shows processes.
+    #[serde(default)]
+    processes: bool,
 }
 
 /// A piece of the host's file system.
@@ -96,6 +106,8 @@ impl View {
             })
         };
         let mounts = spec.mounts().iter().flatten().enumerate();
+        // Otherwise the process is among the host's, which are nobody's concern.
+        let alone = has_pid_namespace(spec);
         Self {
             root: rootfs.to_owned(),
             read_only: spec
@@ -105,6 +117,7 @@ impl View {
             mounts: without_nested(mounts.map(|(index, mount)| Place {
                 destination: mount.destination().clone(),
                 source: source(index),
+                processes: alone && mount.typ().as_deref() == Some("proc"),
             })),
         }
     }
@@ -139,7 +152,9 @@ impl View {
             match piece {
                 Some(mount) => attach(place, mount).map_err(failed)?,
                 None => {
-                    let mount = empty().map_err(io::Error::from).map_err(failed)?;
+                    let processes = place.processes.then(proc).and_then(Result::ok);
+                    let mount = processes.map_or_else(empty, Ok);
+                    let mount = mount.map_err(io::Error::from).map_err(failed)?;
                     attach(place, &mount).map_err(failed)?;
                     absent.push(mount);
                 }
@@ -204,10 +219,14 @@ fn empty() -> Result<OwnedFd, Errno> {
     fsconfig_set_string(context.as_fd(), "source", "guest")?;
     fsconfig_set_string(context.as_fd(), "mode", "755")?;
     fsconfig_create(context.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, INERT)
+}
+
+/// Those of the caller's PID namespace. Root of a user's own namespace may not have them.
+fn proc() -> Result<OwnedFd, Errno> {
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, INERT)
 }
 
 /// From now on nobody writes to the file system.
@@ -286,6 +305,7 @@ mod tests {
                 read_only,
                 recursive: true,
             }),
+            processes: false,
         }
     }
 
@@ -293,6 +313,7 @@ mod tests {
         Place {
             destination: destination.into(),
             source: None,
+            processes: false,
         }
     }
 

@@ -286,22 +286,24 @@ fn mount_namespace_of_the_pid(scene: &Scene) -> Result<()> {
     scene.destroy(&container.id)
 }
 
-/// Whoever lists the host's processes sees whose these are.
+/// Whoever lists the host's processes sees whose they are, and what runs in the container.
 fn named(scene: &Scene) -> Result<()> {
-    let container = scene.create(&scene.bundle()?)?;
-    let ours = |directory: &Path| {
-        let line = fs::read(directory.join("cmdline")).unwrap_or_default();
-        let words: Vec<_> = line.split(|byte| *byte == 0).collect();
-        words.contains(&container.id.as_bytes()) || words.contains(&b"monitor".as_slice())
-    };
-    let mut names = Vec::new();
+    let bundle = scene.bundle()?.args(&["sleep", "4321"]);
+    let container = scene.create(&bundle)?;
+    let command = |process: &Path| fs::read(process.join("cmdline")).unwrap_or_default();
+    let stand_in = Path::new("/proc").join(container.pid.to_string());
+    ensure!(command(&stand_in) == b"sleep\x004321\0");
+    let mut processes = vec![stand_in];
     for process in fs::read_dir("/proc")? {
-        let directory = process?.path();
-        if ours(&directory) {
-            names.push(crate::bundle::read(&directory.join("comm"))?);
+        let process = process?.path();
+        if command(&process).ends_with(b"\0monitor\0") {
+            processes.push(process);
         }
     }
-    ensure!(names.len() >= 2, "{names:?}");
-    ensure!(names.iter().all(|name| name == "bulkhead\n"), "{names:?}");
+    ensure!(processes.len() >= 2, "no monitor");
+    for process in processes {
+        let name = crate::bundle::read(&process.join("comm"))?;
+        ensure!(name == "bulkhead\n", "{name}");
+    }
     scene.destroy(&container.id)
 }

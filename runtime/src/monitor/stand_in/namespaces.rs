@@ -176,11 +176,16 @@ impl Map {
     }
 }
 
+/// Whether the configuration lists a PID namespace.
+pub(in crate::monitor) fn has_pid_namespace(spec: &Spec) -> bool {
+    listed(spec).any(|listed| listed.typ() == LinuxNamespaceType::Pid)
+}
+
 /// Makes a process in a PID namespace of its own if the configuration lists one. In another container's
 /// that one could not end before whoever started this process has looked for its end. The calling process
 /// must have one thread.
 pub(super) fn in_pid_namespace<R>(spec: &Spec, make: impl FnOnce() -> R) -> io::Result<R> {
-    if !listed(spec).any(|listed| listed.typ() == LinuxNamespaceType::Pid) {
+    if !has_pid_namespace(spec) {
         return Ok(make());
     }
     let own = File::open("/proc/self/ns/pid")?;

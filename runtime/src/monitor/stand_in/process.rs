@@ -1,8 +1,7 @@
 //! The process itself.
 
 use std::{
-    ffi::OsString,
-    io,
+    env, io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -21,16 +20,16 @@ use super::{
         View,
         line::{self, Lines, Received},
     },
-    NAME, Namespaces, Said, Task,
+    MARK, Namespaces, Said, Task,
 };
 use crate::{error, stdio::Signals, wait::poll};
 
 /// As if by SIGKILL: the monitor is gone, and with it the container.
 const KILLED: u8 = 128 + 9;
 
-/// Whether the program is called to stand in.
-pub fn is_called(mut arguments: impl Iterator<Item = OsString>) -> bool {
-    arguments.next().is_some_and(|name| name == NAME)
+/// Whether the program is to stand in.
+pub fn is_called() -> bool {
+    env::var_os(MARK).is_some()
 }
 
 /// Stands in until told to end.
@@ -104,17 +103,4 @@ fn show(view: View, namespaces: &Namespaces) -> Result<(), String> {
     namespaces
         .enter(joined)
         .map_err(|errno| failed("enter", errno.into()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_name_alone_decides() {
-        let called = |name: &str| is_called([OsString::from(name)].into_iter());
-        assert!(called("bulkhead-stand-in"));
-        assert!(!called("bulkhead") && !called("/usr/bin/bulkhead"));
-        assert!(!is_called(std::iter::empty()));
-    }
 }
