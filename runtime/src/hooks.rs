@@ -5,7 +5,7 @@
 //!
 //! createContainer hooks are programs of the host that run in the container's namespaces. Those
 //! exist in the guest; what stands for them on the host are the network namespace whose interfaces
-//! the guest has, and the VM's process, so the hooks run in that network namespace and in the
+//! the guest has, and the stand-in, so the hooks run in that network namespace and in the
 //! process's IPC and UTS namespaces. Its mounts are out of a hook's reach (the container's mounts
 //! exist in the guest only), so the mount namespace stays the runtime's.
 

@@ -25,6 +25,7 @@ use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use namespaces::Map;
 pub use namespaces::Namespaces;
 pub(super) use namespaces::has_pid_namespace;
 pub use process::{is_called, stand};
@@ -139,6 +140,8 @@ pub struct StandIn {
     pid: u32,
     /// Signals that came while something else was waited for.
     caught: Vec<Caught>,
+    /// It is on its way, and what is to be done once it is there.
+    underway: Option<Option<Map>>,
 }
 
 impl StandIn {
@@ -148,6 +151,7 @@ impl StandIn {
             lines: Lines::new(socket.into()),
             pid,
             caught: Vec::new(),
+            underway: None,
         }
     }
 
@@ -158,13 +162,22 @@ impl StandIn {
 
     /// Has it enter a network namespace.
     pub fn enter_network(&mut self, namespace: BorrowedFd<'_>) -> Result<(), StandInError> {
-        self.carry_out(&Task::EnterNetwork, &[namespace])
+        self.tell(&Task::EnterNetwork, &[namespace])?;
+        self.hear()
     }
 
-    /// Has it go to where the container's process would be.
+    /// Sends it to where the container's process would be.
     pub fn show(&mut self, view: View, namespaces: Namespaces) -> Result<(), StandInError> {
-        let map = namespaces.map();
-        self.carry_out(&Task::Show { view, namespaces }, &[])?;
+        self.underway = Some(namespaces.map());
+        self.tell(&Task::Show { view, namespaces }, &[])
+    }
+
+    /// It is where it was sent after this.
+    pub fn arrive(&mut self) -> Result<(), StandInError> {
+        let Some(map) = self.underway.take() else {
+            return Ok(());
+        };
+        self.hear()?;
         match map {
             Some(map) => map.write(self.pid).map_err(StandInError::Map),
             None => Ok(()),
@@ -202,15 +215,15 @@ impl StandIn {
         }
     }
 
-    fn carry_out(
-        &mut self,
-        task: &Task,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<(), StandInError> {
+    fn tell(&self, task: &Task, descriptors: &[BorrowedFd<'_>]) -> Result<(), StandInError> {
         line::send(self.lines.socket(), task, descriptors).map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => StandInError::Gone,
             _ => StandInError::Io(error),
-        })?;
+        })
+    }
+
+    /// Whether what it was told is done.
+    fn hear(&mut self) -> Result<(), StandInError> {
         loop {
             match self.lines.wait().map_err(StandInError::Io)? {
                 Some(Said::Done) => return Ok(()),

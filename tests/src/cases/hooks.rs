@@ -135,11 +135,11 @@ fn deaf(scene: &Scene) -> Result<()> {
     scene.expect_nothing_left()
 }
 
-/// createContainer hooks see the namespaces of the sandbox, the others the host's.
+/// createContainer hooks see the namespaces of the container, the others the host's.
 fn namespaces(scene: &Scene) -> Result<()> {
     let show = |name: &str| -> Result<Value> {
         let text = format!(
-            "for n in net ipc uts mnt; do readlink /proc/self/ns/$n; done >{}",
+            "{{ for n in net ipc uts mnt; do readlink /proc/self/ns/$n; done; uname -n; }} >{}",
             scene.path(name).display()
         );
         let path = scene.script(&format!("{name}-hook"), &text)?;
@@ -160,9 +160,10 @@ fn namespaces(scene: &Scene) -> Result<()> {
         .map(|name| fs::read_link(Path::new("/proc/self/ns").join(name)))
         .collect::<std::io::Result<_>>()?;
     let own: Vec<_> = own.iter().map(|link| link.display().to_string()).collect();
-    ensure!(seen("createRuntime")? == own, "createRuntime");
+    ensure!(seen("createRuntime")?[..4] == own, "createRuntime");
     let inside = seen("createContainer")?;
-    ensure!(inside.len() == 4, "{inside:?}");
+    ensure!(inside.len() == 5, "{inside:?}");
+    ensure!(inside[4] == bundle.spec["hostname"], "host name {}", inside[4]);
     for (index, name) in ["net", "ipc", "uts"].iter().enumerate() {
         ensure!(inside[index] != own[index], "{name} is the host's");
     }

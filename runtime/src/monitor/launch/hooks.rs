@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use super::{Launch, LaunchError};
 use crate::{
     hooks::{self, Namespaces},
+    monitor::StandInError,
     state::ContainerStatus,
-    vm::VmError,
 };
 
 impl Launch<'_, '_> {
@@ -33,25 +33,23 @@ impl Launch<'_, '_> {
 
     /// runtime-spec, config "CreateContainer Hooks": the container is there, its process has not
     /// been let run. This thread's network namespace is the container's.
-    pub(super) fn container_hooks(&self) -> Result<(), LaunchError> {
+    pub(super) fn container_hooks(&mut self) -> Result<(), LaunchError> {
         let hooks = self.spec.hooks().as_ref();
         let Some(list) = hooks.and_then(|hooks| hooks.create_container().as_deref()) else {
             return Ok(());
         };
+        self.stand_in_arrives()?;
         let record = self.container.record()?;
-        let failed = |error| LaunchError::Io("find the VM's process for hooks", error);
-        let vmm = match record.vmm {
-            Some(vmm) => {
-                let gone = || VmError::Gone(String::new());
-                Some(vmm.open().map_err(failed)?.ok_or_else(gone)?)
-            }
+        let failed = |error| LaunchError::Io("find the container's process for hooks", error);
+        let process = match record.process {
+            Some(process) => Some(process.open().map_err(failed)?.ok_or(StandInError::Gone)?),
             None => None,
         };
         let mut view = record.view();
         view.status = ContainerStatus::Creating;
         let namespaces = Namespaces {
             network: None,
-            process: vmm.as_ref().map(AsFd::as_fd),
+            process: process.as_ref().map(AsFd::as_fd),
         };
         Ok(hooks::run(
             "createContainer",

@@ -279,6 +279,12 @@ impl<'a> Launch<'_, 'a> {
         host: HostStdio,
     ) -> Result<Sandbox<'a>, LaunchError> {
         let (mut rpc, relay) = self.create_container(&made, sockets, &host)?;
+        // The agent has made the places of mounts. Others are waited for meanwhile.
+        if let Some(stand_in) = &mut self.stand_in {
+            let spec = &made.loaded.spec;
+            let view = View::of(spec, &made.share, &made.checked.rootfs);
+            stand_in.show(view, Namespaces::of(spec))?;
+        }
         self.set_network(&mut rpc)?;
         self.container_hooks()?;
         // What hooks have brought.
@@ -289,17 +295,8 @@ impl<'a> Launch<'_, 'a> {
         }
         self.cgroup.limit_cpu_time(&self.limits)?;
         self.membership.settle()?;
-        let Made {
-            order,
-            loaded,
-            checked,
-            share,
-            disks,
-        } = made;
-        if let Some(stand_in) = &mut self.stand_in {
-            let view = View::of(&loaded.spec, &share, &checked.rootfs);
-            stand_in.show(view, Namespaces::of(&loaded.spec))?;
-        }
+        self.stand_in_arrives()?;
+        let Made { order, disks, .. } = made;
         self.record_created()?;
         self.timeline.container_created = Some(Moment::now());
         Ok(Sandbox {
@@ -316,6 +313,12 @@ impl<'a> Launch<'_, 'a> {
 }
 
 impl Launch<'_, '_> {
+    /// The stand-in is where the container's process would be after this.
+    fn stand_in_arrives(&mut self) -> Result<(), LaunchError> {
+        let stand_in = self.stand_in.as_mut();
+        Ok(stand_in.map_or(Ok(()), StandIn::arrive)?)
+    }
+
     /// Changes the record, unless the container has been deleted meanwhile.
     fn record(&self, change: impl FnOnce(&mut crate::state::Record)) -> Result<(), LaunchError> {
         let deleted = |error| match error {
