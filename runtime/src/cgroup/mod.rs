@@ -298,13 +298,45 @@ impl Cgroup {
 
     /// Puts a process into the cgroup.
     pub fn place(&self, pid: u32) -> Result<(), CgroupError> {
-        for (_, place) in &self.places {
-            let file = place.join("cgroup.procs");
-            fs::write(&file, pid.to_string())
-                .map_err(io_error("put a process into the cgroup", &file))?;
+        let mut places = self.places.iter();
+        places.try_for_each(|(_, place)| put(pid, place))
+    }
+
+    /// Puts a virtual machine's process into the cgroup from another one, if it is there, with the threads that
+    /// the host's kernel has for the machine: with version 1 they are where the process was when it made the
+    /// machine, and no cgroup can be removed that they are in.
+    pub fn take_over(&self, vmm: u32, from: &Self) -> Result<(), CgroupError> {
+        if !from.holds(vmm) {
+            return Ok(());
+        }
+        self.place(vmm)?;
+        for (hierarchy, place) in &self.places {
+            let same = |(other, _): &&(Hierarchy, PathBuf)| other == hierarchy;
+            let Some((_, left)) = from.places.iter().find(same) else {
+                continue;
+            };
+            let file = left.join("cgroup.procs");
+            let rest = fs::read_to_string(&file).map_err(io_error("read", &file))?;
+            for pid in rest.lines().filter_map(|line| line.parse().ok()) {
+                if is_kernel_thread(pid) {
+                    put(pid, place)?;
+                }
+            }
         }
         Ok(())
     }
+}
+
+fn put(pid: u32, place: &Path) -> Result<(), CgroupError> {
+    let file = place.join("cgroup.procs");
+    fs::write(&file, pid.to_string()).map_err(io_error("put a process into the cgroup", &file))
+}
+
+/// Its parent is kthreadd (proc_pid_stat(5), field 4), which nobody else's is.
+fn is_kernel_thread(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after_name = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    after_name.and_then(|rest| rest.split(' ').nth(1)) == Some("2")
 }
 
 /// Removes what [`Cgroup::directories`] named, in that order. What is gone is fine; what is still

@@ -22,10 +22,10 @@ use crate::wait::{Deadline, poll};
 
 /// The name that the program is called by to be killed.
 const NAME: &str = "bulkhead-oom";
-/// What the cgroup allows meanwhile: more than those have who are not to be killed.
+/// What the cgroup allows more meanwhile than there is: enough for those who are not to be killed.
 const ALLOWED_MIB: usize = 8;
 /// Without a limit that holds, no more is taken.
-const MOST_MIB: usize = 2 * ALLOWED_MIB;
+const MOST_MIB: usize = 8 * ALLOWED_MIB;
 /// Longer than the kernel puts a notice off.
 const NOTICE: Duration = Duration::from_millis(30);
 
@@ -45,7 +45,7 @@ impl Cgroup {
         let mut victim = Victim::spawn().map_err(io_error("start a process for", place))?;
         fs::write(&processes, victim.0.id().to_string())
             .map_err(io_error("put a process into the cgroup", &processes))?;
-        // Only now: to make a cgroup smaller may take a kill, too.
+        // Only now: should that take a kill, it is to be this one.
         let undo = tighten(version, place);
         let killed = victim
             .wait()
@@ -93,9 +93,9 @@ fn wait_for_notice(place: &Path) {
     }
 }
 
-/// Allows next to nothing, neither memory nor swap. What cannot be set shows in the victim's end.
+/// Allows little more than what cannot be reclaimed, and no swap. What cannot be set shows in the victim's end.
 fn tighten(version: Version, place: &Path) -> Undo {
-    let allowed = (ALLOWED_MIB << 20).to_string();
+    let allowed = (held_for_good(version, place) + (ALLOWED_MIB << 20)).to_string();
     let settings = match version {
         Version::One => [
             ("memory.swappiness", "0"),
@@ -110,6 +110,25 @@ fn tighten(version: Version, place: &Path) -> Undo {
         Some((path, held))
     });
     Undo(changed.collect())
+}
+
+/// Bytes of a cgroup that are no copies of files: the memory of a machine that was there, say.
+fn held_for_good(version: Version, place: &Path) -> usize {
+    let read = |file: &str| fs::read_to_string(place.join(file)).unwrap_or_default();
+    let (usage, files) = match version {
+        Version::One => ("memory.usage_in_bytes", "cache"),
+        Version::Two => ("memory.current", "file"),
+    };
+    let (usage, details) = (read(usage), read("memory.stat"));
+    let detail = |key: &str| {
+        let mut lines = details.lines().filter_map(|line| line.split_once(' '));
+        let value = lines.find_map(|(name, value)| (name == key).then_some(value));
+        value.and_then(|value| value.parse().ok()).unwrap_or(0)
+    };
+    let usage: usize = usage.trim().parse().unwrap_or(0);
+    usage
+        .saturating_sub(detail(files))
+        .saturating_add(detail("shmem"))
 }
 
 /// A process that takes memory once its standard input ends.

@@ -14,9 +14,9 @@ use super::{
 };
 use crate::{
     agent::{self, AgentError, rpc::RpcError},
-    cgroup::Cgroup,
+    cgroup::{Cgroup, CgroupError},
     network::NetworkError,
-    pod::{self, LeaveError},
+    pod::{self, LeaveError, PodError},
     state::{Container, Event, StateError},
     stdio::Signals,
     timeline::{Moment, Timeline},
@@ -27,13 +27,23 @@ use crate::{
 /// For writing out what a container has on disks: as long as a slow disk may need.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
 
-/// The container could not be taken out of a VM that goes on.
+/// What is to be done when a container has ended could not be.
 #[derive(Debug, Error)]
 #[error(transparent)]
-enum LeaveFailure {
+enum EndFailure {
     State(StateError),
     Leave(LeaveError),
     Network(NetworkError),
+    Pod(PodError),
+    Cgroup(CgroupError),
+}
+
+fn complain(done: Result<(), EndFailure>) {
+    match done {
+        // `delete --force` was quicker.
+        Ok(()) | Err(EndFailure::State(StateError::Missing(_) | StateError::Incomplete(_))) => {}
+        Err(error) => tracing::error!("{}", crate::error::chain(&error)),
+    }
 }
 
 /// A container whose process waits to be let run, or runs.
@@ -81,39 +91,23 @@ impl Sandbox<'_> {
     }
 
     /// The VM goes on for others: nothing of this container is to be left in it.
-    fn leave(&mut self) {
-        let left = self.container.record().map_err(LeaveFailure::State);
-        let left = left.and_then(|record| {
-            pod::leave(self.container, &record).map_err(LeaveFailure::Leave)?;
-            if let Some(network) = self.network.own() {
-                network
-                    .detach(&mut *self.vm)
-                    .map_err(LeaveFailure::Network)?;
-            }
-            Ok(())
-        });
-        match left {
-            Ok(())
-            | Err(LeaveFailure::State(StateError::Missing(_) | StateError::Incomplete(_))) => {}
-            Err(error) => tracing::error!("{}", crate::error::chain(&error)),
+    fn leave(&mut self) -> Result<(), EndFailure> {
+        let record = self.container.record().map_err(EndFailure::State)?;
+        pod::leave(self.container, &record).map_err(EndFailure::Leave)?;
+        if let Some(network) = self.network.own() {
+            network.detach(&mut *self.vm).map_err(EndFailure::Network)?;
         }
+        Ok(())
     }
 
     /// Engines are to find in the host's cgroup what the guest's kernel has done.
-    fn report_out_of_memory(&self) {
-        let Some(stand_in) = &self.stand_in else {
-            return;
-        };
-        // `delete --force` may have been quicker.
-        let Ok(record) = self.container.record() else {
-            return;
-        };
-        let told = Cgroup::at(&record.cgroup)
-            .and_then(|cgroup| cgroup.report_out_of_memory(stand_in.pid()));
-        if let Err(error) = told {
-            let error = crate::error::chain(&error);
-            tracing::warn!("the host's cgroup does not tell of the want of memory: {error}");
-        }
+    fn report_out_of_memory(&self, stand_in: &StandIn) -> Result<(), EndFailure> {
+        let record = self.container.record().map_err(EndFailure::State)?;
+        // A machine that goes on does so in another's cgroup.
+        let others = pod::others(self.container, &record).map_err(EndFailure::Pod)?;
+        pod::move_machine(&record, &others)
+            .and_then(|()| Cgroup::at(&record.cgroup)?.report_out_of_memory(stand_in.pid()))
+            .map_err(EndFailure::Cgroup)
     }
 
     /// Stands for the container's process until it has ended, then takes the VM down.
@@ -142,11 +136,15 @@ impl Sandbox<'_> {
         }
         match self.vm.stop() {
             Ok(Stop::Ended) => {}
-            Ok(Stop::Shared) => self.leave(),
+            Ok(Stop::Shared) => complain(self.leave()),
             Err(error) => tracing::error!("{}", crate::error::chain(&error)),
         }
-        if self.process.out_of_memory() {
-            self.report_out_of_memory();
+        if let Some(stand_in) = self
+            .stand_in
+            .as_ref()
+            .filter(|_| self.process.out_of_memory())
+        {
+            complain(self.report_out_of_memory(stand_in));
         }
         Ended {
             status,
@@ -169,11 +167,7 @@ pub struct Ended {
 impl Ended {
     /// Writes down how the container ended, for those who ask for it later.
     pub fn record(&self, container: &Container) {
-        match record_end(container, self.status) {
-            // `delete --force` was quicker.
-            Ok(()) | Err(StateError::Missing(_) | StateError::Incomplete(_)) => {}
-            Err(error) => tracing::error!("{}", crate::error::chain(&error)),
-        }
+        complain(record_end(container, self.status).map_err(EndFailure::State));
     }
 
     /// All is done: writes the timeline if one is wanted, and lets the stand-in end. Returns the exit

@@ -99,14 +99,17 @@ pub fn pass_on(
     if let Ok(sockets) = agent::sockets(container) {
         drop(VmProcess::join(sockets.as_fd(), vmm));
     }
-    let Some(heir) = others.first() else {
+    move_machine(record, others)
+}
+
+/// Of a container that has left: the VMM is in the cgroup of one of those who keep it after this.
+pub fn move_machine(record: &Record, others: &[Record]) -> Result<(), CgroupError> {
+    let (Some(vmm), Some(heir)) = (record.vmm, others.first()) else {
         return Ok(());
     };
-    if Cgroup::at(&record.cgroup)?.holds(vmm.pid) {
-        match Cgroup::at(&heir.cgroup)?.place(vmm.pid) {
-            Err(error) if !vmm.ends_within(END_LIMIT) => return Err(error),
-            _ => {}
-        }
+    let (left, kept) = (Cgroup::at(&record.cgroup)?, Cgroup::at(&heir.cgroup)?);
+    match kept.take_over(vmm.pid, &left) {
+        Err(error) if !vmm.ends_within(END_LIMIT) => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
 }

@@ -16,7 +16,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use leave::{LeaveError, leave, pass_on};
+pub use leave::{LeaveError, leave, move_machine, pass_on};
 pub use pieces::{PieceError, add, directory_of};
 
 use crate::{

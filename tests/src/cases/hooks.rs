@@ -163,7 +163,11 @@ fn namespaces(scene: &Scene) -> Result<()> {
     ensure!(seen("createRuntime")?[..4] == own, "createRuntime");
     let inside = seen("createContainer")?;
     ensure!(inside.len() == 5, "{inside:?}");
-    ensure!(inside[4] == bundle.spec["hostname"], "host name {}", inside[4]);
+    ensure!(
+        inside[4] == bundle.spec["hostname"],
+        "host name {}",
+        inside[4]
+    );
     for (index, name) in ["net", "ipc", "uts"].iter().enumerate() {
         ensure!(inside[index] != own[index], "{name} is the host's");
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 use crate::runtime::Runtime;
-use crate::scene::{Scene, skip};
+use crate::scene::{Created, Scene, skip};
 
 super::cases!(limits;
     common: memory, host_counts_out_of_memory, pids, cpu_quota, cpuset, rlimits, tmpfs_size;
@@ -53,34 +53,54 @@ fn host_counts_out_of_memory(scene: &Scene) -> Result<()> {
     if !crate::runtime::unified_cgroups() && scene.runtime == Runtime::Crun {
         return skip("crun leaves an empty cgroup of version 2 behind here");
     }
-    for (size, kills, code) in [(128, true, 137), (1, false, 0)] {
-        let script = format!(
-            "read go; dd if=/dev/zero of=/dev/null bs={size}M count=1 2>/dev/null; exit $?"
-        );
-        let bundle = scene
-            .bundle()?
-            .shell(&script)
-            .with(|spec| limited(spec, "memory", json!({ "limit": 48 << 20 })));
-        let mut container = scene.start(&bundle)?;
-        let limit = on_host(&bundle, "memory", "memory.max", "memory.limit_in_bytes")?;
-        let process = container.process()?;
-        container.streams.send(b"\n")?;
-        process.wait()?;
+    for (size, kills) in [(128, true), (1, false)] {
+        let container = hungry(scene, scene.bundle()?)?;
+        container.eats(scene, size, kills)?;
+    }
+    Ok(())
+}
+
+/// A container that may have 48 MiB.
+pub(super) struct Hungry {
+    bundle: Bundle,
+    container: Created,
+}
+
+pub(super) fn hungry(scene: &Scene, bundle: Bundle) -> Result<Hungry> {
+    let script = "read size; dd if=/dev/zero of=/dev/null bs=$size count=1 2>/dev/null; exit $?";
+    let bundle = bundle
+        .shell(script)
+        .with(|spec| limited(spec, "memory", json!({ "limit": 48 << 20 })));
+    let container = scene.start(&bundle)?;
+    Ok(Hungry { bundle, container })
+}
+
+impl Hungry {
+    pub(super) fn pid(&self) -> i32 {
+        self.container.pid
+    }
+
+    /// Has it take so much, and end; the host's cgroup is to count whether that was too much.
+    pub(super) fn eats(mut self, scene: &Scene, mebibytes: u32, kills: bool) -> Result<()> {
+        let read = |unified, split| on_host(&self.bundle, "memory", unified, split);
+        let limit = read("memory.max", "memory.limit_in_bytes")?;
+        let process = self.container.process()?;
+        let size = format!("{mebibytes}M\n");
+        self.container.streams.send(size.as_bytes())?;
         let status = process.exit_code()?;
-        ensure!(status == code, "status {status}");
-        let events = on_host(&bundle, "memory", "memory.events", "memory.oom_control")?;
+        ensure!(status == if kills { 137 } else { 0 }, "status {status}");
+        let events = read("memory.events", "memory.oom_control")?;
         let counted = events
             .lines()
             .find_map(|line| line.strip_prefix("oom_kill "))
             .with_context(|| events.clone())?;
-        ensure!((counted != "0") == kills, "{size} MiB: {events}");
-        let after = on_host(&bundle, "memory", "memory.max", "memory.limit_in_bytes")?;
+        ensure!((counted != "0") == kills, "{mebibytes} MiB: {events}");
+        let after = read("memory.max", "memory.limit_in_bytes")?;
         ensure!(after == limit, "a limit of {after}");
-        let processes = on_host(&bundle, "memory", "cgroup.procs", "cgroup.procs")?;
+        let processes = read("cgroup.procs", "cgroup.procs")?;
         ensure!(processes.is_empty(), "left in the cgroup: {processes}");
-        scene.destroy(&container.id)?;
+        scene.destroy(&self.container.id)
     }
-    Ok(())
 }
 
 /// A file of the container's cgroup on the host, by its name in version 2 and in version 1.

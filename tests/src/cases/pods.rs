@@ -12,11 +12,14 @@ use serde_json::json;
 use crate::bundle::Bundle;
 use crate::leftovers::{command_line, descendants, entries};
 use crate::process::{Other, Output, Process};
-use crate::scene::{Created, Scene};
+use crate::runtime::Runtime;
+use crate::scene::{Created, Scene, skip};
+
+use super::limits::hungry;
 
 super::cases!(pods;
     common: shares_what_is_named, shares_processes, own_files, ends_in_any_order, run_in_the_foreground,
-        shared_memory, limits_of_its_own, joins_a_member, shared_behind_the_pids;
+        shared_memory, limits_of_its_own, host_counts_out_of_memory, joins_a_member, shared_behind_the_pids;
     vm: one_machine, monitor_of_a_member_killed, monitor_of_the_first_killed, machine_killed, everything_killed,
         a_disk_of_its_own, refusals, shown_together);
 
@@ -269,6 +272,19 @@ fn limits_of_its_own(scene: &Scene) -> Result<()> {
 }
 
 /// What is named is a container that itself has joined another one.
+/// Also where the host's cgroup holds a stand-in only, and where the machine has just left it.
+fn host_counts_out_of_memory(scene: &Scene) -> Result<()> {
+    if !crate::runtime::unified_cgroups() && scene.runtime == Runtime::Crun {
+        return skip("crun leaves an empty cgroup of version 2 behind here");
+    }
+    let one = hungry(scene, scene.bundle()?)?;
+    let two = hungry(scene, joining(scene.bundle()?, one.pid(), &PODS))?;
+    let three = hungry(scene, joining(scene.bundle()?, one.pid(), &PODS))?;
+    two.eats(scene, 128, true)?;
+    one.eats(scene, 128, true)?;
+    three.eats(scene, 1, false)
+}
+
 fn joins_a_member(scene: &Scene) -> Result<()> {
     let one = first(scene, "true")?;
     let two = member(scene, &one, &PODS, "true")?;
