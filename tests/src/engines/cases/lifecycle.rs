@@ -312,8 +312,11 @@ fn health(engine: &Engine) -> Result<()> {
         engine.exec("made-h", "touch /root/healthy")?.ok()?;
         engine.call(&["healthcheck", "run", "made-h"])?.expect(0)?;
     } else {
+        // The first check may have been made by now.
         let mut events = engine.begin(&[
             "events",
+            "--since",
+            "1m",
             "--filter",
             "container=made-h",
             "--filter",
