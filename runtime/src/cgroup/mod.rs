@@ -24,7 +24,10 @@ pub use place::{Driver, check_path};
 use limits::Setting;
 use place::{Hierarchy, hierarchies};
 
-use crate::wait::{Deadline, poll};
+use crate::{
+    state::parent,
+    wait::{Deadline, poll},
+};
 
 /// How long processes that were killed may stay in a cgroup.
 const EMPTY_LIMIT: Duration = Duration::from_secs(5);
@@ -332,11 +335,9 @@ fn put(pid: u32, place: &Path) -> Result<(), CgroupError> {
     fs::write(&file, pid.to_string()).map_err(io_error("put a process into the cgroup", &file))
 }
 
-/// Its parent is kthreadd (proc_pid_stat(5), field 4), which nobody else's is.
+/// Its parent is kthreadd, which nobody else's is.
 fn is_kernel_thread(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let after_name = stat.rsplit_once(") ").map(|(_, rest)| rest);
-    after_name.and_then(|rest| rest.split(' ').nth(1)) == Some("2")
+    parent(pid).is_ok_and(|parent| parent == 2)
 }
 
 /// Removes what [`Cgroup::directories`] named, in that order. What is gone is fine; what is still

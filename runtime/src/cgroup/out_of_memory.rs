@@ -17,7 +17,7 @@ use std::{
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::{Cgroup, CgroupError, Undo, Version, before, io_error};
+use super::{Cgroup, CgroupError, Undo, Version, before, io_error, put};
 use crate::wait::{Deadline, poll};
 
 /// The name that the program is called by to be killed.
@@ -43,8 +43,7 @@ impl Cgroup {
             return Ok(());
         }
         let mut victim = Victim::spawn().map_err(io_error("start a process for", place))?;
-        fs::write(&processes, victim.0.id().to_string())
-            .map_err(io_error("put a process into the cgroup", &processes))?;
+        put(victim.0.id(), place)?;
         // Only now: should that take a kill, it is to be this one.
         let undo = tighten(version, place);
         let killed = victim
@@ -79,7 +78,7 @@ impl Cgroup {
 }
 
 /// Until those who watch the file have been told of the last change, which the kernel puts off for a hundredth of a
-/// second after the one before (`CGROUP_FILE_NOTIFY_MIN_INTV`): conmon looks no more once the container has ended.
+/// second after the one before (`CGROUP_FILE_NOTIFY_MIN_INTV`): containerd's shim looks no more once the container has ended.
 fn wait_for_notice(place: &Path) {
     let mut text = String::new();
     if let Ok(mut events) = File::open(place.join("memory.events"))

@@ -79,7 +79,6 @@ struct Place {
     /// Without one, it exists in the guest only.
     source: Option<Source>,
     /// It shows processes.
-    #[serde(default)]
     processes: bool,
 }
 

@@ -30,7 +30,7 @@ use std::{
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use thiserror::Error;
 
-pub use process::{LiveProcess, ProcessIdentity};
+pub use process::{LiveProcess, ProcessIdentity, parent};
 pub use record::{Record, View};
 pub use status::{ContainerStatus, Event};
 

@@ -115,9 +115,19 @@ impl AsFd for LiveProcess {
     }
 }
 
+/// The parent of a process.
+pub fn parent(pid: u32) -> io::Result<u64> {
+    read_field(pid, 4)
+}
+
 fn read_start_time(pid: u32) -> io::Result<u64> {
+    read_field(pid, 22)
+}
+
+/// A number of proc_pid_stat(5), by that page's count.
+fn read_field(pid: u32, number: usize) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    parse_stat(&stat).ok_or_else(|| {
+    parse_field(&stat, number).ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::InvalidData,
             format!("/proc/{pid}/stat is malformed"),
@@ -125,11 +135,11 @@ fn read_start_time(pid: u32) -> io::Result<u64> {
     })
 }
 
-fn parse_stat(stat: &str) -> Option<u64> {
+fn parse_field(stat: &str, number: usize) -> Option<u64> {
     // The second field is the program's name in parentheses and may hold anything, parentheses
     // and spaces included: the fields are counted from the last one.
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
-    fields.nth(19)?.parse().ok()
+    fields.nth(number.checked_sub(3)?)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -139,8 +149,9 @@ mod tests {
     #[test]
     fn stat_with_a_hostile_name() {
         let stat = "12 (a) R 1 (b c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20 21\n";
-        assert_eq!(parse_stat(stat), Some(4242));
-        assert_eq!(parse_stat("12 (a"), None);
+        assert_eq!(parse_field(stat, 22), Some(4242));
+        assert_eq!(parse_field(stat, 4), Some(1));
+        assert_eq!(parse_field("12 (a", 22), None);
     }
 
     #[test]
