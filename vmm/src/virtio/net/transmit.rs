@@ -2,6 +2,8 @@
 //!
 //! A lone small packet, such as a response, goes out on the vCPU's own thread, which has come here
 //! with the driver's notification; more is the device's thread's work, beside which the guest goes on.
+//! A full Ethernet frame is "more": it is mostly part of a stream, whose sender gathers larger
+//! segments while the thread is at work on those before.
 //!
 //! Used buffers are published at once, but the driver is interrupted for them late: it only frees
 //! memory then, and does that by itself when it sends or receives the next packet. So a request and
@@ -30,9 +32,10 @@ use crate::virtio::worker::HandlerError;
 
 /// Packets sent between two looks at other events.
 const BUDGET: usize = 256;
-/// What a vCPU sends by itself: so many packets, of so many bytes at most.
+/// What a vCPU sends by itself: so many packets, of so many bytes at most. Less than a full frame
+/// (above).
 const BY_VCPU: usize = 2;
-const BY_VCPU_BYTES: usize = 4096;
+const BY_VCPU_BYTES: usize = 1024;
 /// The driver hears of used buffers at the latest after so long.
 const LONGEST_SILENCE: Timespec = Timespec {
     tv_sec: 0,
