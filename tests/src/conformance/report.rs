@@ -83,21 +83,35 @@ those that only try whether a container is refused say it by their exit status a
 
 ";
 
-/// docs/conformance.md. Nothing in it depends on the day, so that it changes when the results do.
+/// docs/conformance.md, or docs/conformance-cgroup-v2.md. Nothing in it depends on the day, so that it
+/// changes when the results do.
 pub(super) fn markdown(results: &Results, reasons: &Reasons) -> String {
+    let (title, command, other) = if results.record.unified_cgroups {
+        (
+            "OCI conformance with cgroup v2",
+            "make conformance CGROUP=v2",
+            "[With cgroup v1](conformance.md), which the suite's cgroup tests know alone, it says more.",
+        )
+    } else {
+        (
+            "OCI conformance",
+            "make conformance",
+            "[With cgroup v2](conformance-cgroup-v2.md) those tests fail for every runtime.",
+        )
+    };
     let mut text = format!(
-        "# OCI conformance\n\n\
-         <!-- Written by `make conformance`; the reasons are kept in tests/conformance/reasons. -->\n\n\
+        "# {title}\n\n\
+         <!-- Written by `{command}`; the reasons are kept in tests/conformance/reasons. -->\n\n\
          The OCI's own validation suite \
          ([runtime-tools](https://github.com/opencontainers/runtime-tools), {}) against Bulkhead and, beside it on the \
-         same host, two runtimes whose containers are processes of the host. `make conformance` repeats it.\n\n",
+         same host, two runtimes whose containers are processes of the host. `{command}` repeats it.\n\n",
         results.record.suite
     );
     text += &host(results);
     for outcomes in results.record.runtimes.values() {
         let _ = writeln!(text, "- {}", outcomes.version);
     }
-    text += "\n";
+    let _ = writeln!(text, "\n{other}\n");
     let row = |name: &str, cell: &dyn Fn(Runtime) -> String| {
         let cells: Vec<_> = results.runtimes.iter().map(|r| cell(*r)).collect();
         format!("| {name} | {} |\n", cells.join(" | "))
@@ -143,10 +157,13 @@ fn explained(results: &Results, reasons: &Reasons) -> String {
             .filter(|name| results.differs(name) == differing);
         let lines: String = names
             .map(|name| {
-                let reason = reasons.get(name).unwrap_or("(no reason given)");
-                match (differing, reasons.get(name)) {
+                // What has no reason of its own passes with cgroup v1.
+                let elsewhere = (!differing && results.record.unified_cgroups)
+                    .then_some("It looks for cgroup v1.");
+                match (differing, reasons.get(name).or(elsewhere)) {
+                    (_, Some(reason)) => format!("- {name}: {reason}\n"),
+                    (true, None) => format!("- {name}: (no reason given)\n"),
                     (false, None) => format!("- {name}\n"),
-                    _ => format!("- {name}: {reason}\n"),
                 }
             })
             .collect();
