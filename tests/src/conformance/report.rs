@@ -96,7 +96,7 @@ pub(super) fn markdown(results: &Results, reasons: &Reasons) -> String {
         (
             "OCI conformance",
             "make conformance",
-            "[With cgroup v2](conformance-cgroup-v2.md) those tests fail for every runtime.",
+            "[With cgroup v2](conformance-cgroup-v2.md) the suite's cgroup tests fail for every runtime.",
         )
     };
     let mut text = format!(

@@ -78,7 +78,7 @@ pub struct Net {
     link: Arc<Link>,
     workers: Vec<Worker<PairHandler>>,
     /// The transmitting queues of the pairs, with the events that their threads wait for.
-    transmits: Vec<(SharedTransmit, EventFd)>,
+    pub(super) transmits: Vec<(SharedTransmit, EventFd)>,
 }
 
 impl Net {

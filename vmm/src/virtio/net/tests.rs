@@ -10,6 +10,7 @@ use std::time::Instant;
 use vm_memory::GuestAddress;
 
 use super::features as f;
+use crate::threads::locked;
 use crate::virtio::testing::{DEADLINE, Told, readable, writable};
 use crate::virtio::{DeviceState, StateError, VirtioDevice};
 use wire::{Guest, MAC, RECEIVE, TRANSMIT};
@@ -159,6 +160,23 @@ fn sent_buffers_come_back_soon_with_an_interrupt_late() {
     guest.send_on_vcpu(&packet);
     let told = guest.driver.told.recv_timeout(DEADLINE);
     assert_eq!(told, Ok(Told::Used(1)));
+}
+
+#[test]
+fn a_vcpu_leaves_full_frames_to_the_thread() {
+    let mut guest = Guest::new(ALL);
+    let packet = guest.packet(1500);
+    guest.driver.space.write(guest.data, &packet);
+    let piece = readable(guest.data, u32::try_from(packet.len()).expect("small"));
+    // The device's thread cannot be at it meanwhile.
+    let (transmit, _) = &guest.device.transmits[0];
+    let mut held = locked(transmit);
+    guest.driver.queues[TRANSMIT].add(&[piece]);
+    assert!(!held.run_on_vcpu().expect("run"), "there is more");
+    assert!(!guest.wire().has_packet());
+    drop(held);
+    guest.device.notify(1);
+    assert!(guest.wire().receive() == packet);
 }
 
 #[test]
