@@ -15,6 +15,8 @@ use crate::runtime::Runtime;
 
 /// Round trips of one value.
 const ROUNDS: usize = 100;
+/// Bytes of a page of the web with its header, say.
+const PAGE: usize = 2 << 10;
 /// Bytes of one transfer: the more packets, the likelier the emulator loses the guest (tests/host/README.md).
 const BULK: usize = 1 << 20;
 
@@ -80,17 +82,19 @@ fn traffic_of(runtime: Runtime, runs: usize, figures: &mut Figures) -> Result<()
     Process::spawn(podman(runtime, &args))?.finish()?.ok()?;
     let mut echo = accept(&listener)?;
     echo.set_nodelay(true)?;
-    let mut byte = [0];
-    for round in 0..=runs {
-        let begun = Instant::now();
-        for _ in 0..ROUNDS {
-            echo.write_all(b"x")?;
-            echo.read_exact(&mut byte)
-                .context("reading what came back")?;
-        }
-        if round > 0 {
-            let each = begun.elapsed().as_secs_f64() * 1e6 / f64::from(u32::try_from(ROUNDS)?);
-            figures.add("bridge_round_trip", runtime, "us", each);
+    for (name, bytes) in [("bridge_round_trip", 1), ("bridge_round_trip_2k", PAGE)] {
+        let (sent, mut back) = (vec![b'x'; bytes], vec![0; bytes]);
+        for round in 0..=runs {
+            let begun = Instant::now();
+            for _ in 0..ROUNDS {
+                echo.write_all(&sent)?;
+                echo.read_exact(&mut back)
+                    .context("reading what came back")?;
+            }
+            if round > 0 {
+                let each = begun.elapsed().as_secs_f64() * 1e6 / f64::from(u32::try_from(ROUNDS)?);
+                figures.add(name, runtime, "us", each);
+            }
         }
     }
     drop(echo);
