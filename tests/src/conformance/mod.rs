@@ -33,7 +33,7 @@ const JOBS: usize = 2;
 
 const USAGE: &str = "\
 usage: bulkhead-conformance run --suite DIR --record FILE [--runtime LIST] [--jobs N] [FILTER]
-       bulkhead-conformance report --suite DIR --reasons FILE --record FILE... [--json FILE]
+       bulkhead-conformance report --suite DIR --reasons FILE... --record FILE... [--json FILE]
            [--markdown FILE] [--output FILE]";
 
 /// The program.
@@ -67,7 +67,7 @@ struct Options {
     verb: Verb,
     suite: PathBuf,
     records: Vec<PathBuf>,
-    reasons: Option<PathBuf>,
+    reasons: Vec<PathBuf>,
     json: Option<PathBuf>,
     markdown: Option<PathBuf>,
     output: Option<PathBuf>,
@@ -92,7 +92,7 @@ impl Options {
             verb,
             suite: PathBuf::new(),
             records: Vec::new(),
-            reasons: None,
+            reasons: Vec::new(),
             json: None,
             markdown: None,
             output: None,
@@ -125,7 +125,7 @@ impl Options {
             ("--record", Verb::Report) => self.records.push(value.into()),
             ("--runtime", Verb::Run) => self.runtimes = Runtime::list(&value)?,
             ("--jobs", Verb::Run) => self.jobs = value.parse().context("--jobs wants a number")?,
-            ("--reasons", Verb::Report) => self.reasons = Some(value.into()),
+            ("--reasons", Verb::Report) => self.reasons.push(value.into()),
             ("--json", Verb::Report) => self.json = Some(value.into()),
             ("--markdown", Verb::Report) => self.markdown = Some(value.into()),
             ("--output", Verb::Report) => self.output = Some(value.into()),
@@ -155,10 +155,10 @@ fn run(options: &Options) -> Result<()> {
 /// `report`: false where something is not explained as it must be.
 fn report(options: &Options) -> Result<bool> {
     let suite = Suite::open(&options.suite)?;
-    let reasons = match &options.reasons {
-        Some(path) => Reasons::open(path, &suite.tests)?,
-        None => Reasons::default(),
-    };
+    let mut reasons = Reasons::default();
+    for path in &options.reasons {
+        reasons.put_first(Reasons::open(path, &suite.tests)?);
+    }
     let mut record = Record::read(&options.records[0])?;
     for path in &options.records[1..] {
         record.join(Record::read(path)?)?;

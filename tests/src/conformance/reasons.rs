@@ -1,4 +1,5 @@
-//! Why Bulkhead does not pass what others pass: a sentence a test, kept in tests/conformance/reasons.
+//! Why Bulkhead does not pass what others pass: a sentence a test, kept in tests/conformance/reasons, and what
+//! another host changes of that in a second file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -63,6 +64,11 @@ impl Reasons {
         Ok(Self(reasons))
     }
 
+    /// Others, which come before those that are there.
+    pub(super) fn put_first(&mut self, others: Self) {
+        self.0.extend(others.0);
+    }
+
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(|reason| reason.sentence.as_str())
     }
@@ -93,6 +99,15 @@ mod tests {
         assert!(reasons.is_certain("create"));
         let reasons = read("kill (race): Now and then.\n").expect("correct");
         assert_eq!(reasons.get("kill"), Some("Now and then."));
+        assert!(!reasons.is_certain("kill"));
+    }
+
+    #[test]
+    fn later_files_come_first() {
+        let mut reasons = read("create: One.\nkill: Two.\n").expect("correct");
+        reasons.put_first(read("kill (race): Three.\n").expect("correct"));
+        assert_eq!(reasons.get("create"), Some("One."));
+        assert_eq!(reasons.get("kill"), Some("Three."));
         assert!(!reasons.is_certain("kill"));
     }
 

@@ -101,7 +101,7 @@ pub(super) fn markdown(results: &Results, reasons: &Reasons) -> String {
     };
     let mut text = format!(
         "# {title}\n\n\
-         <!-- Written by `{command}`; the reasons are kept in tests/conformance/reasons. -->\n\n\
+         <!-- Written by `{command}`; the reasons are kept in tests/conformance. -->\n\n\
          The OCI's own validation suite \
          ([runtime-tools](https://github.com/opencontainers/runtime-tools), {}) against Bulkhead and, beside it on the \
          same host, two runtimes whose containers are processes of the host. `{command}` repeats it.\n\n",
@@ -157,14 +157,8 @@ fn explained(results: &Results, reasons: &Reasons) -> String {
             .filter(|name| results.differs(name) == differing);
         let lines: String = names
             .map(|name| {
-                // What has no reason of its own passes with cgroup v1.
-                let elsewhere = (!differing && results.record.unified_cgroups)
-                    .then_some("It looks for cgroup v1.");
-                match (differing, reasons.get(name).or(elsewhere)) {
-                    (_, Some(reason)) => format!("- {name}: {reason}\n"),
-                    (true, None) => format!("- {name}: (no reason given)\n"),
-                    (false, None) => format!("- {name}\n"),
-                }
+                let reason = reasons.get(name).unwrap_or("(no reason given)");
+                format!("- {name}: {reason}\n")
             })
             .collect();
         if !lines.is_empty() {
