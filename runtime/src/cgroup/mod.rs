@@ -9,8 +9,8 @@ pub mod out_of_memory;
 mod place;
 
 use std::{
-    fs,
-    io::{self, Read, Seek},
+    fs::{self, OpenOptions},
+    io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -70,6 +70,16 @@ pub enum CgroupError {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// The host's kernel does not have a limit.
+    #[error(
+        "cannot set the limit {value:?}: the host's kernel has no {path}; run the container without that limit"
+    )]
+    NoSuchLimit {
+        /// What was to be written.
+        value: String,
+        /// Where.
+        path: PathBuf,
     },
     /// A limit could not be set.
     #[error("cannot set the limit {value:?} in {path}")]
@@ -505,11 +515,25 @@ fn set(place: &Path, setting: &Setting) -> Result<(), CgroupError> {
     let Some((path, value)) = choose(place, setting) else {
         return Ok(());
     };
-    fs::write(&path, value).map_err(|source| CgroupError::Limit {
-        value: value.to_owned(),
-        path,
-        source,
-    })
+    let value = value.to_owned();
+    // Where it is missing, a file that is to be made would be refused as if the right to were.
+    match OpenOptions::new().write(true).truncate(true).open(&path) {
+        Ok(mut file) => file
+            .write_all(value.as_bytes())
+            .map_err(|source| CgroupError::Limit {
+                value,
+                path,
+                source,
+            }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(CgroupError::NoSuchLimit { value, path })
+        }
+        Err(source) => Err(CgroupError::Limit {
+            value,
+            path,
+            source,
+        }),
+    }
 }
 
 #[cfg(test)]
@@ -574,6 +598,22 @@ mod tests {
         assert!(error.to_string().contains("pids.max"), "{error}");
         let memory = fs::read_to_string(directory.path().join("memory.max")).unwrap();
         assert_eq!(memory.trim(), "max");
+    }
+
+    #[test]
+    fn a_limit_that_the_kernel_lacks_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let wanted = limits(json!({"blockIO": {"weight": 500}}));
+        let error = cgroup(Version::Two, directory.path())
+            .change(&wanted)
+            .unwrap_err();
+        let file = directory.path().join("io.weight");
+        let text = error.to_string();
+        assert!(
+            text.contains(&format!("has no {}", file.display())),
+            "{text}"
+        );
+        assert!(!file.exists());
     }
 
     #[test]
