@@ -71,9 +71,10 @@ pub enum CgroupError {
         #[source]
         source: io::Error,
     },
-    /// The host's kernel does not have a limit.
+    /// A cgroup does not have a limit.
     #[error(
-        "cannot set the limit {value:?}: the host's kernel has no {path}; run the container without that limit"
+        "cannot set the limit {value:?}: there is no {path}, since the host's kernel lacks that limit or its \
+         controller is not enabled there; enable it, or run the container without that limit"
     )]
     NoSuchLimit {
         /// What was to be written.
@@ -515,17 +516,12 @@ fn set(place: &Path, setting: &Setting) -> Result<(), CgroupError> {
     let Some((path, value)) = choose(place, setting) else {
         return Ok(());
     };
+    // Not made where it is missing: that would be refused as if the right to were.
+    let open = OpenOptions::new().write(true).truncate(true).open(&path);
     let value = value.to_owned();
-    // Where it is missing, a file that is to be made would be refused as if the right to were.
-    match OpenOptions::new().write(true).truncate(true).open(&path) {
-        Ok(mut file) => file
-            .write_all(value.as_bytes())
-            .map_err(|source| CgroupError::Limit {
-                value,
-                path,
-                source,
-            }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+    match open.and_then(|mut file| file.write_all(value.as_bytes())) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && place.is_dir() => {
             Err(CgroupError::NoSuchLimit { value, path })
         }
         Err(source) => Err(CgroupError::Limit {
@@ -610,7 +606,7 @@ mod tests {
         let file = directory.path().join("io.weight");
         let text = error.to_string();
         assert!(
-            text.contains(&format!("has no {}", file.display())),
+            text.contains(&format!("there is no {}", file.display())),
             "{text}"
         );
         assert!(!file.exists());
